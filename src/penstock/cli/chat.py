@@ -1,0 +1,199 @@
+"""`penstock chat`: a conversation in the terminal.
+
+With `--url` it talks to any OpenAI-compatible server and needs no engine; without, it loads a model
+into this process. One question can be given as an argument, or on stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import click
+
+from penstock.errors import ConfigError, EngineError
+from penstock.types import SamplingParams
+
+Message = dict[str, Any]
+HELP = "/clear starts anew, /exit leaves (or Ctrl-D); Ctrl-C stops an answer."
+
+
+@click.command(epilog='Example: penstock chat "What is 17 + 25?"')
+@click.argument("question", required=False)
+@click.option("--model", "-m", help="Directory or built-in name [default: brook, or the server's].")
+@click.option("--url", help="A running server, such as http://127.0.0.1:8000.")
+@click.option("--api-key", envvar="PENSTOCK_API_KEY", help="For --url.")
+@click.option("--system", help="System message.")
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--max-tokens", type=int, help="Default: up to the model's context.")
+@click.option("--seed", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON line.")
+def command(
+    question: str | None,
+    model: str | None,
+    url: str | None,
+    api_key: str | None,
+    system: str | None,
+    as_json: bool,
+    temperature: float,
+    max_tokens: int | None,
+    seed: int | None,
+) -> int:
+    """Chat with a model; give a QUESTION for one answer."""
+    # Made first: a wrong value is told before a model is loaded.
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    partner = Remote(url, model, api_key) if url else Local(model or "brook")
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    if question is None and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+    if question is not None:
+        _once(partner, [*start, {"role": "user", "content": question}], params, as_json)
+        return 0
+    _converse(partner, start, params)
+    return 0
+
+
+class Local:
+    """A model in this process."""
+
+    def __init__(self, model: str) -> None:
+        from penstock.llm import LLM  # torch, only now
+
+        self.name = model
+        self._llm = LLM(model)
+
+    def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+        return self._llm.stream_chat(messages, params)
+
+
+class Remote:
+    """A server that speaks the OpenAI protocol."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        import httpx
+
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"`--url` is `{url}`; it must begin with http:// or https://.")
+        base = url.rstrip("/").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(
+            base_url=base, headers=headers, timeout=httpx.Timeout(10, read=None)
+        )
+        self.name = model or self._first_model()
+
+    def _first_model(self) -> str:
+        models = self._request("GET", "/v1/models").json()["data"]
+        return str(models[0]["id"])
+
+    def _request(self, method: str, path: str) -> Any:
+        import httpx
+
+        try:
+            response = self._client.request(method, path)
+        except httpx.HTTPError as error:
+            raise _unreachable(self._client.base_url, error) from None
+        if response.is_error:
+            raise EngineError(_error_text(response.status_code, response.text))
+        return response
+
+    def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+        import httpx
+
+        from penstock.protocol.sse import decode_lines
+
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": messages,
+            "temperature": params.temperature,
+            "stream": True,
+        }
+        if params.max_tokens is not None:
+            body["max_tokens"] = params.max_tokens
+        if params.seed is not None:
+            body["seed"] = params.seed
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.is_error:
+                    raise EngineError(_error_text(response.status_code, response.read().decode()))
+                for data in decode_lines(response.iter_lines()):
+                    yield _delta(data)
+        except httpx.HTTPError as error:
+            raise _unreachable(self._client.base_url, error) from None
+
+
+def _delta(data: str) -> str:
+    chunk = json.loads(data)
+    if "error" in chunk:
+        raise EngineError(str(chunk["error"].get("message", chunk["error"])))
+    choices = chunk.get("choices") or [{}]
+    return choices[0].get("delta", {}).get("content") or ""
+
+
+def _unreachable(url: Any, error: Exception) -> EngineError:
+    return EngineError(f"`{url}` does not answer: {error}.", hint="is `penstock serve` running?")
+
+
+def _error_text(status: int, text: str) -> str:
+    try:
+        return f"{json.loads(text)['error']['message']} (status {status})"
+    except (ValueError, KeyError, TypeError):
+        return f"The server answered with status {status}."
+
+
+def _once(
+    partner: Local | Remote, messages: list[Message], params: SamplingParams, as_json: bool
+) -> None:
+    pieces = []
+    for piece in partner.stream(messages, params):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    click.echo(json.dumps({"model": partner.name, "answer": "".join(pieces)}) if as_json else "")
+
+
+def _converse(partner: Local | Remote, start: list[Message], params: SamplingParams) -> None:
+    _use_readline()
+    click.echo(f"{partner.name}. {HELP}", err=True)
+    messages = list(start)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo(f"\n{HELP}", err=True)
+            continue
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/clear":
+            messages = list(start)
+        elif line.startswith("/"):
+            click.echo(HELP, err=True)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _say(partner, messages, params)})
+
+
+def _say(partner: Local | Remote, messages: list[Message], params: SamplingParams) -> str:
+    """Print an answer as it comes; Ctrl-C keeps what was said so far."""
+    pieces: list[str] = []
+    try:
+        # Closing the stream aborts the request, here and on the server.
+        with closing(partner.stream(messages, params)) as stream:  # type: ignore[type-var]
+            for piece in stream:
+                pieces.append(piece)
+                click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        click.echo(" [stopped]", nl=False, err=True)
+    click.echo()
+    return "".join(pieces)
+
+
+def _use_readline() -> None:
+    if os.name == "posix":
+        import readline  # noqa: F401 - gives input() its history and keys

@@ -1,0 +1,105 @@
+"""`penstock doctor`: what this machine has, and what penstock makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+import penstock
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "starlette", "uvicorn")
+
+
+@click.command(epilog="Example: penstock doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> int:
+    """Show what this machine has and what penstock makes of it."""
+    found = report()
+    if as_json:
+        click.echo(json.dumps(found))
+        return 0
+    for section, entries in found.items():
+        click.echo(f"{section}")
+        for name, value in entries.items():
+            click.echo(f"  {name:<22} {value}")
+    return 0
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """The sections of the report: values only, no opinion that is not in them."""
+    return {
+        "penstock": {"version": penstock.__version__, "python": platform.python_version()},
+        "machine": _machine(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "built-in models": _builtin_models(),
+        "backends": _backends(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    cpu = _proc("/proc/cpuinfo")
+    memory = _proc("/proc/meminfo")
+    flags = set(cpu.get("flags", "").split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "usable cores": cores,
+        "features": " ".join(name for name in CPU_FEATURES if name in flags) or "none of note",
+        "memory available": _gib(memory.get("MemAvailable", "")),
+    }
+
+
+def _backends() -> dict[str, str]:
+    try:
+        started = time.monotonic()
+        import torch
+    except ImportError:
+        return {
+            "reference (torch)": "cannot run: torch is not installed; pip install penstock[engine]"
+        }
+    loaded_s = time.monotonic() - started
+    state = f"runs, {torch.get_num_threads()} threads; torch loads in {loaded_s:.2f} s"
+    return {"reference (torch)": state}
+
+
+def _builtin_models() -> dict[str, str]:
+    from penstock import builtin
+
+    return {name: _mib(builtin.path(name)) for name in builtin.NAMES if builtin.path(name).is_dir()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _proc(path: str) -> dict[str, str]:
+    """The first value of every key of a file such as /proc/cpuinfo; empty off Linux."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def _gib(kilobytes: str) -> str:
+    digits = kilobytes.split()
+    return f"{int(digits[0]) / 2**20:.1f} GiB" if digits else "unknown"
+
+
+def _mib(directory: Path) -> str:
+    return f"{sum(file.stat().st_size for file in directory.iterdir()) / 2**20:.1f} MiB"

@@ -1,0 +1,90 @@
+"""Command-line options made from the fields of a settings dataclass, so that each is said once.
+
+A field becomes `--its-name` (or `metadata["flag"]`), may be set by `PENSTOCK_ITS_NAME`, and shows
+`metadata["help"]` and its default. Bytes take units: `512MiB`, `4GiB`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Settings = TypeVar("Settings")
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Bytes(click.ParamType):
+    """A number of bytes: `1073741824`, `1GiB`, `1.5 GB`."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if match is None or match[2].lower() not in _UNITS:
+            self.fail(f"`{value}` is not a number of bytes such as 512MiB or 4GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def options_of(
+    settings: type, *, skip: frozenset[str] = frozenset()
+) -> Callable[[Command], Command]:
+    """A decorator that gives a command one option for each field of a dataclass."""
+    hints = get_type_hints(settings)
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(dataclasses.fields(settings)):
+            if field.name not in skip:
+                command = _option(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def build(settings: type[Settings], values: dict[str, Any], **fixed: Any) -> Settings:
+    """Take the fields of `settings` out of a command's values and make the object."""
+    fields = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    chosen = {name: values[name] for name in fields & values.keys()}
+    return settings(**chosen, **fixed)
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
+    flag = field.metadata.get("flag") or "--" + field.name.replace("_", "-")
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    inner, many = _unwrap(hint)
+    declaration = f"{flag}/--no-{flag[2:]}" if inner is bool else flag
+    return click.option(
+        declaration,
+        field.name,
+        type=None if inner is bool else _click_type(field, inner),
+        multiple=many,
+        default=default,
+        show_default=default not in (None, (), ""),
+        envvar=f"PENSTOCK_{field.name.upper()}",
+        help=field.metadata.get("help"),
+    )
+
+
+def _click_type(field: dataclasses.Field[Any], inner: Any) -> Any:
+    if choices := field.metadata.get("choices"):
+        return click.Choice(list(choices))
+    return Bytes() if field.name.endswith("_bytes") else inner
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """The type within `X | None` or `tuple[X, ...]`, and whether there may be many."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], True
+    return hint, False

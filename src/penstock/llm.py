@@ -1,0 +1,306 @@
+"""The offline API: prompts in, answers out, no server.
+
+`LLM` joins text (tokenizer, template, stop strings) to an `EngineCore` in this process and drives
+it step by step. Requests run in continuous batches; `run` hands answers out as they finish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, final
+
+from penstock.engine.config import EngineConfig, resolve_model
+from penstock.engine.core import EngineCore
+from penstock.errors import ConfigError, InvalidField, RequestError
+from penstock.text.stream import TextDelta, TextStream
+from penstock.text.template import ChatTemplate, load_template
+from penstock.text.tokenizer import load_tokenizer
+from penstock.types import EngineRequest, SamplingParams, TokenLogprobs
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One of the `n` answers to a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+
+
+@dataclass(slots=True)
+class Output:
+    """A prompt and its answers, in order of their index."""
+
+    request_id: str
+    prompt: str | None  # None if the prompt was given as token ids
+    prompt_token_ids: list[int]
+    outputs: list[Answer] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt, tokenized, and how to answer it. `LLM.prepare` makes it."""
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+
+
+@final
+class LLM:
+    """A model, ready to answer.
+
+    Args:
+        model: a built-in model (`brook`), or a directory in Hugging Face layout.
+        options: any field of `EngineConfig`, such as `max_model_len` or `block_size`.
+
+    Raises:
+        ConfigError, ModelLoadError, NotEnoughMemory: before any prompt is read.
+    """
+
+    def __init__(self, model: str = "brook", **options: Any) -> None:
+        try:
+            self.config = EngineConfig(model=model, **options)
+        except TypeError as error:
+            raise ConfigError(
+                f"{error}.", hint="the options are the fields of EngineConfig"
+            ) from None
+        path = resolve_model(model)
+        self.tokenizer = load_tokenizer(path)
+        self.template: ChatTemplate | None = load_template(path, self.tokenizer)
+        self.core = EngineCore.from_config(self.config)
+        self._ids = count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Output]:
+        """Continue each prompt (text or token ids); the outputs keep the prompts' order.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; nothing was computed.
+        """
+        many = _as_prompts(prompts)
+        jobs = [self.prepare(*pair) for pair in zip(many, _spread(params, len(many)), strict=True)]
+        return self._collect(jobs, progress)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[Output]:
+        """Answer one conversation or several, rendered by the model's chat template.
+
+        Raises:
+            RequestError: a conversation cannot be rendered or served; nothing was computed.
+        """
+        many = [conversations] if _is_conversation(conversations) else conversations
+        spread = _spread(params, len(many))
+        jobs = [
+            self.prepare_chat(messages, one, tools=tools)  # type: ignore[arg-type]
+            for messages, one in zip(many, spread, strict=True)
+        ]
+        return self._collect(jobs, progress)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """The answer to one conversation, piece by piece. Closing the iterator aborts it."""
+        job = self.prepare_chat(messages, params)
+        for _, delta in self._steps([job], window=1):
+            if delta.text:
+                yield delta.text
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+    ) -> Job:
+        """Tokenize one prompt."""
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Job(text, token_ids, params or SamplingParams(), priority)
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        priority: int = 0,
+    ) -> Job:
+        """Render and tokenize one conversation. Without `params`: up to the end of the context."""
+        if self.template is None:
+            raise InvalidField(
+                f"The model `{self.config.model}` has no chat template.",
+                field="messages",
+                hint="use `generate` with a plain prompt",
+            )
+        text = self.template.render(list(messages), tools=None if tools is None else list(tools))
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return Job(text, token_ids, params or SamplingParams(max_tokens=None), priority)
+
+    def run(
+        self, jobs: Iterable[Job], on_error: Callable[[Job, RequestError], None] | None = None
+    ) -> Iterator[tuple[Job, Output]]:
+        """Answer jobs as they come and hand each out when it is done, first done first.
+
+        Only so many jobs are taken ahead as keep the engine busy. A job that the engine refuses
+        goes to `on_error`; without it the error is raised.
+        """
+        for entry, _ in self._steps(jobs, window=4 * self.config.max_num_seqs, on_error=on_error):
+            if entry.output.finished:
+                yield entry.job, entry.output
+
+    def _collect(self, jobs: list[Job], progress: bool) -> list[Output]:
+        for job in jobs:
+            self.core.validate(self._request(job, job.params, ""))
+        done: dict[int, Output] = {}
+        num_tokens = 0
+        with _progress_bar(len(jobs), progress) as bar:
+            for job, output in self.run(jobs):
+                done[id(job)] = output
+                num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                bar.set_postfix(tokens=num_tokens, refresh=False)
+                bar.update()
+        return [done[id(job)] for job in jobs]
+
+    def _steps(
+        self,
+        jobs: Iterable[Job],
+        window: int,
+        on_error: Callable[[Job, RequestError], None] | None = None,
+    ) -> Iterator[tuple[_Entry, TextDelta]]:
+        """Drive the engine; every text delta of every answer, with the entry that it went to."""
+        source = iter(jobs)
+        live: dict[str, tuple[_Entry, int]] = {}  # by engine request id; the int is the index
+        try:
+            while True:
+                while len(live) < window and (job := next(source, None)) is not None:
+                    try:
+                        live |= self._admit(job)
+                    except RequestError as error:
+                        if on_error is None:
+                            raise
+                        on_error(job, error)
+                if not live:
+                    return
+                for event in self.core.step():
+                    if event.request_id not in live:
+                        continue  # the rest of a step in which a stop string ended it
+                    entry, index = live[event.request_id]
+                    delta = entry.push(index, event)
+                    if delta.finish is not None:
+                        del live[event.request_id]
+                        if event.finish is None:
+                            self.core.abort(event.request_id)
+                    yield entry, delta
+        finally:
+            for request_id in live:
+                self.core.abort(request_id)
+
+    def _admit(self, job: Job) -> dict[str, tuple[_Entry, int]]:
+        request_id = str(next(self._ids))
+        entry = _Entry(self, job, request_id)
+        live: dict[str, tuple[_Entry, int]] = {}
+        for index in range(job.params.n):
+            sub_id = f"{request_id}-{index}"
+            try:
+                self.core.add(self._request(job, job.params.for_sample(index), sub_id))
+            except RequestError:
+                for added in live:
+                    self.core.abort(added)
+                raise
+            live[sub_id] = (entry, index)
+        return live
+
+    @staticmethod
+    def _request(job: Job, params: SamplingParams, request_id: str) -> EngineRequest:
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=job.token_ids,
+            params=params,
+            priority=job.priority,
+        )
+
+
+class _Entry:
+    """A job on its way: its output so far and the text stream of each answer."""
+
+    def __init__(self, llm: LLM, job: Job, request_id: str) -> None:
+        self.job = job
+        self.output = Output(request_id, job.prompt, job.token_ids)
+        self.output.outputs = [Answer(index) for index in range(job.params.n)]
+        self._streams = [
+            TextStream(llm.tokenizer, job.params, prompt_token_ids=job.token_ids)
+            for _ in range(job.params.n)
+        ]
+
+    def push(self, index: int, event: Any) -> TextDelta:
+        delta = self._streams[index].push(event)
+        answer = self.output.outputs[index]
+        answer.text += delta.text
+        answer.token_ids += event.token_ids
+        if event.logprobs is not None:
+            answer.logprobs = (answer.logprobs or []) + event.logprobs
+        if event.prompt_logprobs is not None:
+            self.output.prompt_logprobs = event.prompt_logprobs
+        if index == 0:
+            self.output.num_cached_tokens = event.usage.num_cached_tokens
+        if delta.finish is not None:
+            answer.finish_reason = delta.finish.value
+            answer.stop_reason = delta.stop_reason
+        return delta
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _is_conversation(value: Sequence[Any]) -> bool:
+    return bool(value) and isinstance(value[0], dict)
+
+
+def _spread(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams | None]:
+    """One set of parameters for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidField(
+            f"`params` has `{len(params)}` entries for `{num_prompts}` prompts.",
+            field="params",
+            hint="give one SamplingParams for all, or one for each prompt",
+        )
+    return list(params)
+
+
+def _progress_bar(total: int, wanted: bool) -> Any:
+    from tqdm import tqdm
+
+    # disable=None: no bar where stderr is not a terminal
+    return tqdm(total=total, unit="prompt", dynamic_ncols=True, disable=None if wanted else True)

@@ -1,0 +1,26 @@
+"""What every test may use. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Many small tests on few cores: torch's own threads would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("penstock", deadline=None, print_blob=True)
+settings.load_profile("penstock")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared real data; tests that need it are skipped where it is absent."""
+    root = os.environ.get("PENSTOCK_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("PENSTOCK_DATA does not name the data directory")
+    return Path(root)

@@ -1,0 +1,102 @@
+"""Imports go down only (DESIGN 1), and what must work without torch imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src" / "penstock"
+
+TIERS = [
+    {"errors", "types"},
+    {"native", "kernels", "parallel", "protocol", "text", "storage", "builtin"},
+    {"layers", "attention", "quantization"},
+    {"models"},
+    {"speculative", "structured", "lora"},
+    {"engine"},
+    {"llm", "server", "gateway", "measure", "adapt", "explorer", "deploy"},
+    {"cli"},
+]
+TIER = {name: number for number, names in enumerate(TIERS) for name in names}
+# Arrows within a tier: (from, to). Everything else in one tier is a stranger.
+SAME_TIER = {
+    ("types", "errors"),
+    ("layers", "quantization"),
+    ("attention", "layers"),
+    ("adapt", "measure"),
+    ("explorer", "measure"),
+    ("measure", "llm"),
+    ("deploy", "server"),
+}
+TORCH_FREE = [
+    "penstock",
+    "penstock.types",
+    "penstock.protocol.openai",
+    "penstock.text.stream",
+    "penstock.text.template",
+    "penstock.engine.client",
+    "penstock.engine.process",
+    "penstock.engine.config",
+    "penstock.engine.scheduler",
+    "penstock.server.app",
+    "penstock.cli.main",
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The parts of penstock that a file imports, at any depth of nesting."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+            if node.module == "penstock":
+                names = [f"penstock.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("penstock.")}
+    return found
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(SRC)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+FILES = sorted(path for path in SRC.rglob("*.py") if path.parent != SRC or path.stem != "__init__")
+
+
+def is_allowed(source: str, target: str) -> bool:
+    if target not in TIER:  # a name of the package itself, such as __version__
+        return target.startswith("__") or target in {"LLM", "SamplingParams"}
+    if source == target:
+        return True
+    return TIER[target] < TIER[source] or (source, target) in SAME_TIER
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_go_down(path: Path) -> None:
+    source = part_of(path)
+    assert source in TIER, f"{source} has no tier: add it to DESIGN and to this table"
+    upward = sorted(target for target in imports_of(path) if not is_allowed(source, target))
+    assert not upward, f"{path.relative_to(SRC)} imports {upward}"
+
+
+def test_the_rule_can_fail() -> None:
+    assert not is_allowed("engine", "server")
+    assert not is_allowed("server", "llm")
+    assert is_allowed("server", "engine")
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_no_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
