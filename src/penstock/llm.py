@@ -6,6 +6,7 @@ it step by step. Requests run in continuous batches; `run` hands answers out as 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,7 +18,7 @@ from penstock.errors import ConfigError, InvalidField, RequestError
 from penstock.text.stream import TextDelta, TextStream
 from penstock.text.template import ChatTemplate, load_template
 from penstock.text.tokenizer import load_tokenizer
-from penstock.types import EngineRequest, SamplingParams, TokenLogprobs
+from penstock.types import EngineRequest, SamplingParams, TokenEvent, TokenLogprobs
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -172,14 +173,15 @@ class LLM:
                 yield entry.job, entry.output
 
     def _collect(self, jobs: list[Job], progress: bool) -> list[Output]:
-        for job in jobs:
-            self.core.validate(self._request(job, job.params, ""))
         done: dict[int, Output] = {}
         num_tokens = 0
         with _progress_bar(len(jobs), progress) as bar:
-            for job, output in self.run(jobs):
-                done[id(job)] = output
-                num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+            # All are taken before the first step: a wrong one is told before anything is computed.
+            for entry, _ in self._steps(jobs, window=sys.maxsize):
+                if not entry.output.finished:
+                    continue
+                done[id(entry.job)] = entry.output
+                num_tokens += sum(len(answer.token_ids) for answer in entry.output.outputs)
                 bar.set_postfix(tokens=num_tokens, refresh=False)
                 bar.update()
         return [done[id(job)] for job in jobs]
@@ -255,7 +257,7 @@ class _Entry:
             for _ in range(job.params.n)
         ]
 
-    def push(self, index: int, event: Any) -> TextDelta:
+    def push(self, index: int, event: TokenEvent) -> TextDelta:
         delta = self._streams[index].push(event)
         answer = self.output.outputs[index]
         answer.text += delta.text

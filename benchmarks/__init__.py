@@ -1,0 +1,1 @@
+"""Benchmarks: each module has `run(settings) -> Result` and writes `results/<name>.json`."""

@@ -1,0 +1,81 @@
+"""What every benchmark shares: the environment, statistics, and the results file.
+
+A results file holds the command, hardware, versions, commit and raw samples beside each figure, so
+that a figure can be recomputed. The last line on stdout is the same JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+PACKAGES = ("penstock", "torch", "numpy", "transformers", "uvicorn", "starlette", "msgspec")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions of this run."""
+    cpu = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
+        "cpu": cpu or platform.processor(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average_1m": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and number of samples."""
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "n": len(samples),
+    }
+
+
+def write(name: str, figures: dict[str, Any], environment_: dict[str, Any]) -> Path:
+    """Write results/<name>.json and print it as one line."""
+    document = {
+        "benchmark": name,
+        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "environment": environment_,
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+    return path
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
