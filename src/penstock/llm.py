@@ -16,7 +16,7 @@ from penstock.engine.config import EngineConfig, resolve_model
 from penstock.engine.core import EngineCore
 from penstock.errors import ConfigError, InvalidField, RequestError
 from penstock.text.stream import TextDelta, TextStream
-from penstock.text.template import ChatTemplate, load_template
+from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import load_tokenizer
 from penstock.types import EngineRequest, SamplingParams, TokenEvent, TokenLogprobs
 
@@ -41,7 +41,7 @@ class Output:
     """A prompt and its answers, in order of their index."""
 
     request_id: str
-    prompt: str | None  # None if the prompt was given as token ids
+    prompt: str | None  # None for token ids and conversations
     prompt_token_ids: list[int]
     outputs: list[Answer] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -60,6 +60,7 @@ class Job:
     token_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    is_chat: bool = False
 
 
 @final
@@ -83,7 +84,7 @@ class LLM:
             ) from None
         path = resolve_model(model)
         self.tokenizer = load_tokenizer(path)
-        self.template: ChatTemplate | None = load_template(path, self.tokenizer)
+        self.template = ChatTemplate.for_tokenizer(self.tokenizer)
         self.core = EngineCore.from_config(self.config)
         self._ids = count()
 
@@ -156,9 +157,9 @@ class LLM:
                 field="messages",
                 hint="use `generate` with a plain prompt",
             )
-        text = self.template.render(list(messages), tools=None if tools is None else list(tools))
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return Job(text, token_ids, params or SamplingParams(max_tokens=None), priority)
+        token_ids = self.template.encode(self.tokenizer, messages, tools)
+        params = params or SamplingParams(max_tokens=None)
+        return Job(None, token_ids, params, priority, is_chat=True)
 
     def run(
         self, jobs: Iterable[Job], on_error: Callable[[Job, RequestError], None] | None = None
@@ -252,18 +253,19 @@ class _Entry:
         self.job = job
         self.output = Output(request_id, job.prompt, job.token_ids)
         self.output.outputs = [Answer(index) for index in range(job.params.n)]
+        before = () if job.is_chat else job.token_ids  # what the answer's text continues
         self._streams = [
-            TextStream(llm.tokenizer, job.params, prompt_token_ids=job.token_ids)
-            for _ in range(job.params.n)
+            TextStream(llm.tokenizer, job.params, prompt_ids=before) for _ in range(job.params.n)
         ]
 
     def push(self, index: int, event: TokenEvent) -> TextDelta:
         delta = self._streams[index].push(event)
         answer = self.output.outputs[index]
         answer.text += delta.text
-        answer.token_ids += event.token_ids
+        num_tokens = delta.usage.num_generated_tokens  # without those behind a stop string
+        answer.token_ids = [*answer.token_ids, *event.token_ids][:num_tokens]
         if event.logprobs is not None:
-            answer.logprobs = (answer.logprobs or []) + event.logprobs
+            answer.logprobs = [*(answer.logprobs or []), *event.logprobs][:num_tokens]
         if event.prompt_logprobs is not None:
             self.output.prompt_logprobs = event.prompt_logprobs
         if index == 0:

@@ -103,7 +103,7 @@ class Remote:
     def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
         import httpx
 
-        from penstock.protocol.sse import decode_lines
+        from penstock.protocol.sse import DONE_DATA, Decoder
 
         body: dict[str, Any] = {
             "model": self.name,
@@ -119,8 +119,11 @@ class Remote:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.is_error:
                     raise EngineError(_error_text(response.status_code, response.read().decode()))
-                for data in decode_lines(response.iter_lines()):
-                    yield _delta(data)
+                decoder = Decoder()
+                for piece in response.iter_bytes():
+                    for event in decoder.push(piece):
+                        if event.data != DONE_DATA:
+                            yield _delta(event.data)
         except httpx.HTTPError as error:
             raise _unreachable(self._client.base_url, error) from None
 

@@ -20,7 +20,7 @@ Settings = TypeVar("Settings")
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
     """A number of bytes: `1073741824`, `1GiB`, `1.5 GB`."""
 
     name = "bytes"

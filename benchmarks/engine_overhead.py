@@ -1,0 +1,144 @@
+"""What a decode step costs beside the model: scheduler, batch building, sampling, events.
+
+The model is replaced by one that returns the same logits at once, attention's plan by nothing; all
+else is the engine as it serves. Reported by number of running requests, size of the vocabulary and
+kind of sampling; the phases are timed in a second pass of the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.common import environment, summary, write
+from penstock.attention.base import AttentionLayer, AttentionShape, ForwardBatch
+from penstock.attention.kv_store import KVStore
+from penstock.engine.config import EngineConfig
+from penstock.engine.core import EngineCore
+from penstock.engine.runner import Runner
+from penstock.engine.state import DeviceState
+from penstock.types import EngineInfo, EngineRequest, SamplingParams
+
+MAX_MODEL_LEN = 1024
+BLOCK_SIZE = 16
+PROMPT_LEN = 128
+NUM_STEPS = 300
+WARMUP_STEPS = 20
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=None),
+    "temperature": SamplingParams(temperature=0.8, max_tokens=None),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.95, top_k=50, max_tokens=None),
+    "penalties": SamplingParams(temperature=0.8, frequency_penalty=0.5, max_tokens=None),
+    "logprobs": SamplingParams(temperature=0.0, logprobs=5, max_tokens=None),
+}
+
+
+class ConstantModel:
+    """Answers at once, always with the same random logits."""
+
+    def __init__(self, vocab_size: int, num_rows: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._logits = torch.randn(num_rows, vocab_size, generator=generator) * 3
+        self._hidden = torch.zeros(num_rows * PROMPT_LEN, 1)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        return self._hidden[: len(batch.input_ids)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._logits[: len(hidden)].clone()
+
+
+class NoAttention:
+    """Plans nothing and is never asked to attend."""
+
+    name = "none"
+
+    def unsupported(self, shape: AttentionShape, kv_dtype: torch.dtype) -> list[str]:
+        return []
+
+    def plan(self, batch: ForwardBatch) -> object:
+        return None
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        raise AssertionError("the constant model has no attention")
+
+
+def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, Runner]:
+    """An engine around the constant model, with room for all requests."""
+    num_blocks = num_running * MAX_MODEL_LEN // BLOCK_SIZE
+    config = EngineConfig(
+        model="constant", max_num_seqs=num_running, max_num_batched_tokens=num_running * PROMPT_LEN
+    )
+    info = EngineInfo(
+        model="constant",
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=vocab_size,
+        eos_token_ids=(),
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        max_num_seqs=num_running,
+    )
+    kv = KVStore(1, num_blocks * BLOCK_SIZE, 1, 1, torch.float32)
+    state = DeviceState(num_running, MAX_MODEL_LEN, BLOCK_SIZE)
+    model = ConstantModel(vocab_size, num_running)
+    runner = Runner(model, state, kv, NoAttention(), ())
+    return EngineCore(config, info, runner), runner
+
+
+def measure(num_running: int, vocab_size: int, params: SamplingParams) -> dict[str, Any]:
+    """Microseconds a decode step with `num_running` requests, whole and by phase."""
+    core, runner = engine(num_running, vocab_size)
+    for index in range(num_running):
+        prompt = [(index * 31 + position) % vocab_size for position in range(PROMPT_LEN)]
+        core.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+    for _ in range(WARMUP_STEPS):
+        core.step()
+    whole = []
+    for _ in range(NUM_STEPS):
+        started = time.perf_counter()
+        core.step()
+        whole.append((time.perf_counter() - started) * 1e6)
+    phases: dict[str, list[float]] = {"schedule": [], "execute": [], "commit": []}
+    for _ in range(NUM_STEPS):
+        marks = [time.perf_counter()]
+        plan = core.scheduler.schedule()
+        marks.append(time.perf_counter())
+        result = runner.execute(plan)
+        marks.append(time.perf_counter())
+        core.scheduler.commit(plan, result)
+        marks.append(time.perf_counter())
+        for index, name in enumerate(phases):
+            phases[name].append((marks[index + 1] - marks[index]) * 1e6)
+    assert core.scheduler.has_work, "the requests outlast the measurement"
+    return {
+        "step_us": summary(whole),
+        "phases_us": {name: summary(samples)["median"] for name, samples in phases.items()},
+    }
+
+
+def main() -> None:
+    before = environment()
+    torch.set_num_threads(1)
+    rows = []
+    for vocab_size in (2048, 49152):
+        for num_running in (1, 16, 64, 256):
+            for kind, params in KINDS.items():
+                figures = measure(num_running, vocab_size, params)
+                rows.append(
+                    {"vocab_size": vocab_size, "num_running": num_running, "kind": kind} | figures
+                )
+    write("engine_overhead", {"rows": rows}, before)
+
+
+if __name__ == "__main__":
+    main()

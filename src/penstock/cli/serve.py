@@ -1,0 +1,57 @@
+"""`penstock serve`: one model behind the OpenAI protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from penstock.cli.options import build, options_of
+from penstock.engine.config import EngineConfig
+from penstock.server.settings import ServerSettings
+from penstock.types import EngineInfo
+
+CURL = """  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'"""
+CHAT = "  penstock chat --url {url}"
+QUESTION = "What is 17 + 25?"
+
+
+@click.command(epilog="Example: penstock serve brook --port 8000")
+@click.argument("model", default="brook", envvar="PENSTOCK_MODEL")
+@click.option("--json", "as_json", is_flag=True, help="Print the URL and engine facts as one line.")
+@options_of(ServerSettings)
+@options_of(EngineConfig, skip=frozenset({"model"}))
+def command(model: str, as_json: bool, **options: Any) -> int:
+    """Serve MODEL, a directory in Hugging Face layout or a built-in name, over HTTP."""
+    config = build(EngineConfig, options, model=model)
+    settings = build(ServerSettings, options)
+    from penstock.server.run import serve
+
+    def banner(url: str, info: EngineInfo) -> None:
+        if as_json:
+            click.echo(json.dumps({"url": url} | dataclasses.asdict(info)))
+        else:
+            click.echo(_banner(url, info, settings))
+
+    return serve(config, settings, banner=banner)
+
+
+def _banner(url: str, info: EngineInfo, settings: ServerSettings) -> str:
+    name = (settings.served_model_name or (info.model.rstrip("/").rsplit("/")[-1],))[0]
+    key = ' -H "authorization: Bearer $PENSTOCK_API_KEY"' if settings.keys() else ""
+    started_s = sum(info.startup_s.values())
+    lines = [
+        "",
+        *info.plan,
+        "",
+        f"{name} answers at {url} (engine ready in {started_s:.1f} s). Try:",
+        "",
+        CURL.format(url=url, model=name, key=key, question=QUESTION),
+        "",
+        CHAT.format(url=url),
+        "",
+    ]
+    return "\n".join(lines)
