@@ -1,0 +1,158 @@
+"""The loop that drives an engine, and the messages between it and a client.
+
+Owns the order of things: commands first, then one step, then one update for the whole batch.
+Both clients run this loop, one on a thread, one in a process of its own; it knows neither.
+Imports no torch, so that the process in front of the engine can share the messages.
+Invariant: an abort that was sent before a step began has freed the request before that step.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+from collections.abc import Callable
+from typing import Any, Protocol, final
+
+import msgspec
+
+from penstock import errors
+from penstock.errors import PenstockError, RequestError
+from penstock.types import EngineInfo, EngineRequest, EngineStats, TokenEvent
+
+
+class Core(Protocol):
+    """The synchronous engine; `engine.core.EngineCore` is one."""
+
+    info: EngineInfo
+    stats: EngineStats
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def add(self, request: EngineRequest) -> None:
+        """Take a request. Raises RequestError, and has changed nothing then."""
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End a request and free what it holds: its last event, or none if it is not live."""
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch."""
+
+
+# --- messages ---
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Run this request."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End this request; it is answered by an event with `finish`, unless it has had one."""
+
+    request_id: str
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Leave the loop, whatever is open."""
+
+
+Command = Submit | Abort | Stop
+
+
+class ErrorReport(msgspec.Struct, frozen=True):
+    """An exception as a value; `error` makes it an exception again, a new one for each reader."""
+
+    kind: str
+    message: str
+    hint: str | None = None
+    field: str | None = None
+    retry_after_s: int | None = None
+
+    @classmethod
+    def of(cls, error: PenstockError) -> ErrorReport:
+        """To raise the same error elsewhere."""
+        return cls(
+            type(error).__name__,
+            error.message,
+            error.hint,
+            getattr(error, "field", None),
+            getattr(error, "retry_after_s", None),
+        )
+
+    @classmethod
+    def of_death(cls, error: Exception) -> ErrorReport:
+        """EngineDead that names what stopped the engine."""
+        return cls("EngineDead", f"The engine stopped with `{type(error).__name__}: {error}`.")
+
+    @property
+    def error(self) -> PenstockError:
+        """The exception."""
+        kind: type[PenstockError] = getattr(errors, self.kind)
+        given: dict[str, Any] = {"hint": self.hint}
+        if self.field is not None:
+            given["field"] = self.field
+        if self.retry_after_s is not None:
+            given["retry_after_s"] = self.retry_after_s
+        return kind(self.message, **given)
+
+
+class Update(msgspec.Struct, tag=True, frozen=True):
+    """What one turn of the loop gave. Refused requests by id; they have no event."""
+
+    events: list[TokenEvent]
+    refused: dict[str, ErrorReport]
+    stats: EngineStats
+
+
+# --- the loop ---
+
+
+@final
+class EngineLoop:
+    """Steps an engine while there is work, sleeps while there is none.
+
+    `send` may be called from any thread; the engine belongs to the thread in `run`.
+    """
+
+    def __init__(self, deliver: Callable[[Update], None]) -> None:
+        """Commands may be sent from now on; they wait for `run`.
+
+        Args:
+            deliver: called by the thread in `run`, once a turn.
+        """
+        self._deliver = deliver
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+
+    def send(self, command: Command) -> None:
+        """Have `command` done before the next step."""
+        self._commands.put(command)
+
+    def run(self, core: Core) -> None:
+        """Serve until `Stop`. What a step raises ends the loop and is the caller's to report."""
+        while True:
+            events: list[TokenEvent] = []
+            refused: dict[str, ErrorReport] = {}
+            command = self._next(wait=not core.has_work)
+            while command is not None:
+                if isinstance(command, Stop):
+                    return
+                if isinstance(command, Abort):
+                    events += core.abort(command.request_id)
+                else:
+                    try:
+                        core.add(command.request)
+                    except RequestError as error:
+                        refused[command.request.request_id] = ErrorReport.of(error)
+                command = self._next(wait=False)
+            if core.has_work:
+                events += core.step()
+            self._deliver(Update(events, refused, copy.copy(core.stats)))
+
+    def _next(self, *, wait: bool) -> Command | None:
+        try:
+            return self._commands.get(block=wait)
+        except queue.Empty:
+            return None

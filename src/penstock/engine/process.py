@@ -1,0 +1,287 @@
+"""An engine in a process of its own: the client, and the program that the process runs.
+
+Owns the child, the socket to it and the framing: length-prefixed msgpack of typed messages, never
+pickle. The child is started by the constructor, so that it loads while its parent still imports;
+the parent never imports torch.
+Invariant: neither outlives the other by much. The child ends when the socket closes, whatever it
+is doing; when the child ends, every open request gets an error that says how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import pkgutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import IO, Any, final
+
+import msgspec
+
+from penstock.engine.client import StreamingClient
+from penstock.engine.config import EngineConfig
+from penstock.engine.loop import Command, Core, EngineLoop, ErrorReport, Update
+from penstock.errors import PenstockError
+from penstock.types import EngineInfo, EngineStats
+
+logger = logging.getLogger(__name__)
+
+ENGINE_CORE = "penstock.engine.core:EngineCore.from_config"
+
+_EXIT_S = 5.0  # how long the child may take to end before it is killed
+_STATUS_S = 0.05  # how long a closed socket waits for the status that explains it
+_NUM_TAIL_LINES = 12
+_LENGTH = struct.Struct("<I")
+
+
+class Started(msgspec.Struct, tag=True, frozen=True):
+    """The child is ready to serve."""
+
+    info: EngineInfo
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The child is about to end: the error of loading, or what stopped the engine."""
+
+    report: ErrorReport
+
+
+Reply = Started | Failed | Update
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: object) -> bytes:
+    """A message as it goes over the socket: its length, then msgpack."""
+    payload = _encoder.encode(message)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class Frames:
+    """Cuts a stream of bytes into messages, however it arrives."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take bytes; give the messages that are complete now."""
+        buffer, start, messages = self._buffer, 0, []
+        buffer += data
+        while len(buffer) - start >= _LENGTH.size:
+            begin = start + _LENGTH.size
+            end = begin + _LENGTH.unpack_from(buffer, start)[0]
+            if len(buffer) < end:
+                break
+            messages.append(bytes(buffer[begin:end]))
+            start = end
+        del buffer[:start]
+        return messages
+
+
+@final
+class ProcessClient(StreamingClient, asyncio.Protocol):
+    """An engine in a child process."""
+
+    def __init__(self, config: EngineConfig, *, core: str = ENGINE_CORE) -> None:
+        """Start the child, which begins to load; `start` waits for it.
+
+        Args:
+            config: the engine's settings.
+            core: `module:function` that makes the engine from the settings, in the child.
+        """
+        super().__init__()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            self._child = subprocess.Popen(
+                # -P: `-m` would else let the working directory come before the installed packages
+                [sys.executable, "-P", "-m", __name__, str(fd), core, repr(time.monotonic())],
+                pass_fds=[fd],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
+            )
+        with contextlib.suppress(ConnectionError):  # it ended already: `start` says how
+            self._socket.sendall(frame(config))
+        self._tail: collections.deque[str] = collections.deque(maxlen=_NUM_TAIL_LINES)
+        self._forwarder = threading.Thread(target=self._forward, daemon=True)
+        self._forwarder.start()
+        self._frames = Frames()
+        self._decoder = msgspec.msgpack.Decoder[Reply](Reply)
+        self._transport: asyncio.Transport | None = None
+        self._loaded: asyncio.Future[None] | None = None
+        self._burial: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    async def start(self) -> None:
+        """Wait until the child has loaded the model. Raises what loading raises there."""
+        assert self._loaded is None, "a client starts once"
+        loop = asyncio.get_running_loop()
+        self._loaded = loop.create_future()
+        self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._socket)
+        await self._loaded
+
+    async def shutdown(self) -> None:
+        """End the child, killing it if it does not end by itself; open requests get an error."""
+        self._die(ErrorReport("EngineDead", "The engine was shut down."))
+        if self._transport is None:
+            self._socket.close()
+        else:
+            self._transport.abort()
+        await asyncio.to_thread(self._end_child)
+        if self._burial is not None:
+            await self._burial
+
+    # --- asyncio.Protocol: called on the event loop ---
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            self._receive(self._decoder.decode(message))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._burial = asyncio.get_running_loop().create_task(self._bury())
+
+    # --- the parent's side ---
+
+    def _send(self, command: Command) -> None:
+        assert self._transport is not None
+        self._transport.write(frame(command))
+
+    def _receive(self, reply: Reply) -> None:
+        if isinstance(reply, Update):
+            self._update(reply)
+        elif isinstance(reply, Started):
+            self._started(reply.info, reply.stats)
+            self._settle(None)
+        else:
+            self._settle(reply.report)
+            self._die(reply.report)
+
+    def _settle(self, report: ErrorReport | None) -> None:
+        """Let `start` return or raise, if it still waits."""
+        assert self._loaded is not None
+        if self._loaded.done():
+            return
+        if report is None:
+            self._loaded.set_result(None)
+        else:
+            self._loaded.set_exception(report.error)
+
+    async def _bury(self) -> None:
+        report = await asyncio.to_thread(self._cause_of_death)
+        self._settle(report)
+        self._die(report)
+
+    def _cause_of_death(self) -> ErrorReport:
+        """How the child ended, and its last words."""
+        hint = None
+        try:
+            status = self._child.wait(_STATUS_S)
+        except subprocess.TimeoutExpired:
+            text = "The engine process closed its connection."
+        else:
+            text = f"The engine process ended with exit code `{status}`."
+            if status < 0:
+                text = f"The engine process was killed by `{signal.Signals(-status).name}`."
+            if status == -signal.SIGKILL:
+                hint = "the kernel kills so when memory runs out: look into its log"
+            self._forwarder.join(_STATUS_S)
+        if self._tail:
+            text += " Its last output:\n" + "\n".join(self._tail)
+        return ErrorReport("EngineDead", text, hint)
+
+    def _end_child(self) -> None:
+        try:
+            self._child.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_EXIT_S)
+        self._forwarder.join(_EXIT_S)
+
+    def _forward(self) -> None:
+        """Pass on what the child writes, and keep the end of it."""
+        output: IO[bytes] | None = self._child.stdout
+        assert output is not None
+        with output:
+            for line in output:
+                text = line.decode(errors="replace")
+                self._tail.append(text.rstrip()[:500])
+                with contextlib.suppress(ValueError, OSError):  # the parent's stderr is closed
+                    sys.stderr.write(text)
+
+
+# --- the child's side ---
+
+
+def main(argv: list[str]) -> int:
+    """What the child runs. `argv`: file descriptor, `module:function`, monotonic time of the start.
+
+    Signals that end a server are ignored: the parent drains first, and closes the socket then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(argv[0]))
+    messages = _messages(connection)
+    try:
+        config = msgspec.msgpack.decode(next(messages), type=EngineConfig)
+    except StopIteration:
+        return 0
+    engine = EngineLoop(lambda update: connection.sendall(frame(update)))
+    threading.Thread(target=_listen, args=(messages, engine), daemon=True).start()
+    try:
+        try:
+            make_core = pkgutil.resolve_name(argv[1])
+            process_s = time.monotonic() - float(argv[2])
+            core: Core = make_core(config)
+        except PenstockError as error:
+            connection.sendall(frame(Failed(ErrorReport.of(error))))
+            return 1
+        info = replace(core.info, startup_s={"process": process_s, **core.info.startup_s})
+        connection.sendall(frame(Started(info, core.stats)))
+        engine.run(core)
+    except ConnectionError:  # the parent is gone
+        return 0
+    except Exception as error:
+        logger.exception("The engine stopped.")
+        connection.sendall(frame(Failed(ErrorReport.of_death(error))))
+        return 1
+    return 0
+
+
+def _messages(connection: socket.socket) -> Iterator[bytes]:
+    """The messages that arrive, until the other side is gone."""
+    frames = Frames()
+    with contextlib.suppress(ConnectionError):
+        while data := connection.recv(1 << 16):
+            yield from frames.feed(data)
+
+
+def _listen(messages: Iterator[bytes], engine: EngineLoop) -> None:
+    """Take commands while the engine computes; end the process when the parent is gone."""
+    decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Command)
+    try:
+        for message in messages:
+            engine.send(decoder.decode(message))
+    finally:  # also of a message that cannot be read: better no engine than a deaf one
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Chat messages to the text a model was trained on.
+
+Owns what a template is given and which errors it may cause. The sandbox it runs in is
+`penstock.text.sandbox`. Invariant: words of a message never become special tokens (`encode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from penstock.errors import InvalidField, ModelLoadError
+from penstock.text.meter import Meter
+from penstock.text.sandbox import SandboxEnvironment, render
+from penstock.text.tokenizer import Tokenizer
+
+MAX_SOURCE_CHARS = 256_000
+MAX_CHARS = 4_000_000  # a million tokens
+MAX_S = 2.0
+
+# What Jinja and a template's own operators and methods raise.
+_RENDER_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class ChatTemplate:
+    """A model's chat template, from an untrusted source.
+
+    Args:
+        source: Jinja, or several by name, of which "default" is needed; "tool_use" is taken
+            when there are tools.
+        special_tokens: strings the template knows by name (`bos_token`, ...).
+        max_chars, max_s: limits of one rendering, see `Meter`.
+
+    Raises:
+        ModelLoadError: a source is too long, or is not valid.
+    """
+
+    def __init__(
+        self,
+        source: str | Mapping[str, str],
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        *,
+        max_chars: int = MAX_CHARS,
+        max_s: float = MAX_S,
+    ) -> None:
+        sources = {"default": source} if isinstance(source, str) else dict(source)
+        if "default" not in sources:
+            raise ModelLoadError(
+                f"None of the chat templates `{sorted(sources)}` is named `default`."
+            )
+        self._templates = {name: _compile(name, text) for name, text in sources.items()}
+        self._special_tokens = dict(special_tokens)
+        self._max_chars = max_chars
+        self._max_s = max_s
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The template that lies beside a tokenizer; None if there is none."""
+        if not tokenizer.chat_templates:
+            return None
+        return cls(tokenizer.chat_templates, tokenizer.special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt's text.
+
+        Args:
+            messages: JSON data: `role`, `content`, ... as the template wants them.
+            tools: JSON data: function declarations.
+            add_generation_prompt: end where the assistant begins to speak.
+            kwargs: further variables of the template.
+
+        Raises:
+            InvalidField: the template refuses the messages, or uses too much on them.
+        """
+        variables = {"tools": tools, "documents": None, **kwargs}
+        return self._render(messages, variables, add_generation_prompt, _unchanged)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prompt's token ids: as of `render`, but the only special tokens in it are those that
+        the template wrote. A special-token string in a message stays text."""
+        variables = {"tools": tools, "documents": None, **kwargs}
+        text = self._render(messages, variables, add_generation_prompt, tokenizer.guard)
+        return tokenizer.encode_guarded(text)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool,
+        clean: Callable[[str], str],
+    ) -> str:
+        chosen = "tool_use" if variables["tools"] and "tool_use" in self._templates else "default"
+        try:
+            plain = _plain({**variables, "messages": messages}, clean)
+            plain["add_generation_prompt"] = add_generation_prompt
+            meter = Meter(self._max_chars, self._max_s)
+            return render(self._templates[chosen], {**self._special_tokens, **plain}, meter)
+        except _RENDER_ERRORS as error:
+            raise InvalidField(
+                f"The chat template cannot render `messages`: {_reason(error)}.", field="messages"
+            ) from error
+
+
+@cache
+def _environment() -> SandboxEnvironment:
+    return SandboxEnvironment()
+
+
+def _compile(name: str, source: str) -> Any:
+    if len(source) > MAX_SOURCE_CHARS:
+        raise ModelLoadError(
+            f"The chat template `{name}` has `{len(source)}` characters, "
+            f"more than `{MAX_SOURCE_CHARS}`."
+        )
+    try:
+        return _environment().from_string(source)
+    except (TemplateError, MemoryError, RecursionError, SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f" (line {line})"
+        raise ModelLoadError(
+            f"The chat template `{name}` is not valid{where}: {_reason(error)}."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def _unchanged(text: str) -> str:
+    return text
+
+
+def _plain(value: Any, clean: Callable[[str], str]) -> Any:
+    """A copy of exact JSON types only: other objects have methods that no sandbox knows."""
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, str):
+        return clean(str.__str__(value))
+    if isinstance(value, Mapping):
+        return {_plain(key, clean): _plain(item, clean) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, clean) for item in value]
+    raise TypeError(f"a {type(value).__name__} is no JSON value")

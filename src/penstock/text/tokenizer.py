@@ -1,0 +1,271 @@
+"""Text to token ids and back, for one model directory.
+
+Owns the reading of a directory's tokenizer files, and the one definition of the text of a token
+sequence: the bytes of its tokens, joined, decoded as UTF-8, each maximal invalid part replaced by
+U+FFFD. `Detokenizer` computes the same piecemeal. Imports its libraries only when it loads a file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from penstock.errors import ModelLoadError
+from penstock.text.backends import Backend, HuggingFaceBackend, SentencePieceBackend, split_at
+
+_NAMED_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+_VERSION = re.compile(r"\.v(\d+)")
+_SENTINEL = "\ufdd0"  # a noncharacter: Unicode reserves it for internal use
+
+
+class Tokenizer:
+    """A model's tokenizer. Thread-safe; shared by all requests.
+
+    Attributes:
+        vocab_size: one more than the largest token id. (The model may have more rows.)
+        special_ids: ids that are structure, not text: hidden by `skip_special_tokens`.
+        special_tokens: the named ones, by the names that templates use (`bos_token`, ...).
+        chat_templates: the sources found in the directory, by name; the usual one is "default".
+        bos_id, eos_id, pad_id: ids of named tokens, None where the directory names none.
+        drops_leading_space: a text's first token loses one leading space (SentencePiece).
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        chat_templates: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._backend = backend
+        self.vocab_size = backend.vocab_size
+        self.drops_leading_space = backend.drops_leading_space
+        self.special_tokens = dict(special_tokens)
+        self.chat_templates = dict(chat_templates)
+        self.bos_id = self._named_id("bos_token")
+        self.eos_id = self._named_id("eos_token")
+        self.pad_id = self._named_id("pad_token")
+        named = (backend.piece_id(text) for text in self.special_tokens.values())
+        self.special_ids = backend.special_ids | {i for i in named if i is not None}
+        self._bytes: dict[int, bytes] = {}
+        specials = (self.token_bytes(token_id).decode() for token_id in self.special_ids)
+        strings = frozenset(text for text in specials if text)
+        self._special = split_at(strings)
+        self._special_prefixes = tuple({s[:end] for s in strings for end in range(1, len(s))})
+
+    def _named_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._backend.piece_id(text)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            add_special_tokens: add what the model expects around a prompt (beginning of sequence).
+                False for a rendered chat template, which writes it itself.
+            parse_special: strings like "<|im_end|>" in the text become the token. With False they
+                stay text, and the result holds no special id but the added ones.
+        """
+        text = _well_formed(text)
+        if parse_special:
+            return self._backend.encode(text, with_affixes=add_special_tokens)
+        ids = self._backend.encode_plain(text, at_start=True)
+        if not add_special_tokens:
+            return ids
+        affixes = self._backend.encode("", with_affixes=True)
+        split = 1 if affixes[:1] == [self.bos_id] else 0
+        return [*affixes[:split], *ids, *affixes[split:]]
+
+    def guard(self, text: str) -> str:
+        """Break the special-token strings in a text from outside, also one that begins at its end.
+
+        For text that a template will embed: `encode_guarded` then takes it for mere text.
+        """
+        if self._special is None:
+            return text
+        text = text.replace(_SENTINEL, "\ufffd")
+        while self._special.search(text):
+            text = self._special.sub(_broken, text)
+        return text + _SENTINEL if text.endswith(self._special_prefixes) else text
+
+    def encode_guarded(self, text: str) -> list[int]:
+        """The ids of a rendered template, into which foreign text came through `guard`.
+
+        Special tokens are parsed where they stand unbroken; no affixes are added.
+        """
+        if _SENTINEL not in text:
+            return self.encode(text, add_special_tokens=False)
+        text = _well_formed(text)
+        ids: list[int] = []
+        for index, part in enumerate(self._special.split(text) if self._special else [text]):
+            if index % 2:
+                token_id = self._backend.piece_id(part)
+                assert token_id is not None
+                ids.append(token_id)
+            elif plain := part.replace(_SENTINEL, ""):
+                ids.extend(self._backend.encode_plain(plain, at_start=index == 0))
+        return ids
+
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False
+    ) -> str:
+        """The text of a sequence; ids outside the vocabulary have none.
+
+        Args:
+            continues: the text goes on from another, so that its leading space counts.
+        """
+        hidden = self.special_ids if skip_special_tokens else ()
+        data = b"".join(self.token_bytes(i) for i in ids if i not in hidden)
+        if self.drops_leading_space and not continues:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that has already begun; a special token: its own string."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._backend.piece_bytes(token_id)
+        return data
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for a part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_str(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token; None if there is no such token."""
+        return self._backend.piece(token_id)
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a vocabulary piece, spelt as in `token_str`."""
+        return self._backend.piece_id(piece)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a model directory, or one tokenizer file with what lies beside it.
+
+    `tokenizer.json` is taken first, then `tokenizer.model`, then the newest `*.model.v*`.
+
+    Raises:
+        ModelLoadError: no tokenizer is there, or a file is broken.
+        UnsupportedModel: a tokenizer.json decodes in a way that cannot be streamed.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    file = _find_file(path)
+    config = _read_json(directory / "tokenizer_config.json")
+    special = _special_tokens(config, _read_json(directory / "special_tokens_map.json"))
+    backend: Backend
+    if file.suffix == ".json":
+        backend = HuggingFaceBackend(file)
+    else:
+        backend = _sentencepiece(file, config)
+        special = {**backend.named_tokens, **special}
+    return Tokenizer(
+        backend, special_tokens=special, chat_templates=_chat_templates(directory, config)
+    )
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    versions = [f for f in path.glob("*.model.v*") if _VERSION.match(f.suffix)]
+    if not versions:
+        raise ModelLoadError(
+            f"`{path}` holds no tokenizer.",
+            hint="wanted is `tokenizer.json`, `tokenizer.model` or `*.model.v*`.",
+        )
+    return max(versions, key=lambda file: (int(_VERSION.findall(file.suffix)[0]), file.name))
+
+
+def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
+    added = config.get("added_tokens_decoder") or {}
+    try:
+        texts = {int(token_id): str(token["content"]) for token_id, token in added.items()}
+        special = [int(token_id) for token_id, token in added.items() if token.get("special")]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelLoadError(
+            f"`added_tokens_decoder` beside `{file}` cannot be read: {error!r}."
+        ) from error
+    return SentencePieceBackend(
+        file,
+        added=texts,
+        special=special,
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+    )
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens; an earlier source wins."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in _NAMED_TOKENS:
+            value = source.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and text:
+                found.setdefault(name, text)
+    return found
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """All template sources of a directory; files win over the configuration."""
+    templates: dict[str, str] = {}
+    match config.get("chat_template"):
+        case str(source):
+            templates["default"] = source
+        case list(entries):
+            for entry in entries:
+                match entry:
+                    case {"name": str(name), "template": str(source)}:
+                        templates[name] = source
+                    case _:
+                        raise ModelLoadError(
+                            f"`chat_template` in `{directory / 'tokenizer_config.json'}` has an "
+                            "entry without `name` and `template`."
+                        )
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {f.stem: f for f in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    for name, file in files.items():
+        if file.is_file():
+            try:
+                templates[name] = file.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ModelLoadError(f"`{file}` cannot be read: {error}.") from error
+    return templates
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"`{file}` is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"`{file}` holds no JSON object.")
+    return value
+
+
+def _broken(match: re.Match[str]) -> str:
+    string = match[0]
+    return string[0] + _SENTINEL + string[1:] if len(string) > 1 else "\ufffd"
+
+
+def _well_formed(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, which have no bytes, replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

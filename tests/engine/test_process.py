@@ -1,0 +1,232 @@
+"""What only the engine in a process of its own has: framing, signals, sudden deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+from helpers_fake_core import EXIT, tokens_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.process import Frames, ProcessClient, frame
+from penstock.errors import EngineDead
+from penstock.types import EngineRequest, SamplingParams
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def child_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def make_client(model: str = "fake") -> ProcessClient:
+    return ProcessClient(EngineConfig(model=model), core="helpers_fake_core:make")
+
+
+async def collect(
+    client: ProcessClient, request_id: str, prompt: list[int], n: int | None
+) -> list[int]:
+    params = SamplingParams(max_tokens=n)
+    request = EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=params)
+    return [i async for event in client.generate(request) for i in event.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - the client has no event for its figures
+            await asyncio.sleep(0.001)
+
+
+def state_of(pid: int) -> str:
+    """One letter: R running, S sleeping, T stopped, Z zombie or gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+@given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 40)))
+def test_frames_come_out_as_they_went_in(messages: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(frame(message) for message in messages)
+    frames, found, start = Frames(), [], 0
+    for size in [*cuts, len(stream)]:
+        found += frames.feed(stream[start : start + size])
+        start += size
+    assert [frame_of(payload) for payload in found] == [frame(message) for message in messages]
+
+
+def frame_of(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "little") + payload
+
+
+@pytest.mark.parametrize("sudden", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_child_ends_every_request_with_the_cause(sudden: signal.Signals) -> None:
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        tasks = [asyncio.create_task(collect(client, f"r{i}", [i], None)) for i in range(50)]
+        await until(lambda: client.stats.num_running == 50)
+        os.kill(client.pid, sudden)
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(error, EngineDead) for error in errors)
+        assert all(f"`{sudden.name}`" in str(error) for error in errors)
+        assert sudden.name in str(client.dead)
+        with pytest.raises(EngineDead, match=sudden.name):
+            await collect(client, "late", [1], 1)
+        await client.shutdown()
+        assert sudden.name in str(client.dead)  # the first cause stays
+
+    asyncio.run(main())
+
+
+def test_an_exit_names_the_code_and_the_last_output(capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        with pytest.raises(EngineDead, match=r"exit code `7`(?s:.*)about to exit"):
+            await collect(client, "a", [EXIT], 1)
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_a_child_that_ends_while_loading() -> None:
+    async def main() -> None:
+        client = make_client("exits")
+        with pytest.raises(EngineDead, match=r"exit code `3`(?s:.*)out of luck"):
+            await client.start()
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_an_unknown_error_while_loading() -> None:
+    async def main() -> None:
+        client = make_client("raises")
+        with pytest.raises(EngineDead, match="`RuntimeError: loading broke`"):
+            await client.start()
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_shutdown_while_loading_ends_the_child() -> None:
+    async def main() -> None:
+        client = make_client("hangs")
+        task = asyncio.create_task(client.start())
+        await asyncio.sleep(0.3)
+        await client.shutdown()
+        with pytest.raises(EngineDead):
+            await task
+        assert client._child.returncode == 0  # it was not killed
+
+    asyncio.run(main())
+
+
+def test_shutdown_kills_a_child_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.engine.process._EXIT_S", 0.2)
+
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        os.kill(client.pid, signal.SIGSTOP)
+        await until(lambda: state_of(client.pid) == "T")
+        await client.shutdown()
+        assert client._child.returncode == -signal.SIGKILL
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_and_sigterm_leave_the_child_to_its_parent() -> None:
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        assert os.getpgid(client.pid) != os.getpgid(0)
+        assert os.getsid(client.pid) != os.getsid(0)
+        task = asyncio.create_task(collect(client, "a", [5], 200))
+        await until(lambda: client.stats.num_running == 1)
+        os.kill(client.pid, signal.SIGINT)
+        os.kill(client.pid, signal.SIGTERM)
+        assert await task == tokens_of([5], 200)
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("model", ["fake", "hangs"])
+def test_the_child_ends_with_its_parent(model: str) -> None:
+    program = f"""
+import asyncio, time
+from penstock.engine.config import EngineConfig
+from penstock.engine.process import ProcessClient
+client = ProcessClient(EngineConfig(model={model!r}), core="helpers_fake_core:make")
+async def main():
+    if {model!r} == "fake":
+        await client.start()
+    print(client.pid, flush=True)
+    time.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert state_of(pid) != "Z"
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while state_of(pid) != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state_of(pid) == "Z"
+
+
+def test_the_child_does_not_import_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_startup_phases_include_the_process() -> None:
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        assert set(client.info.startup_s) == {"process", "load"}
+        assert 0 < client.info.startup_s["process"] < 30
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_it_runs_on_uvloop() -> None:
+    async def main() -> None:
+        client = make_client()
+        await client.start()
+        assert await collect(client, "a", [5, 6], 20) == tokens_of([5, 6], 20)
+        task = asyncio.create_task(collect(client, "b", [5], None))
+        await until(lambda: client.stats.num_running == 1)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="`SIGKILL`"):
+            await task
+        await client.shutdown()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from penstock.errors import InvalidField, ModelLoadError
+from penstock.text.template import ChatTemplate
+from penstock.text.tokenizer import Tokenizer, load_tokenizer
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+USER = {"role": "user", "content": " Hi\n there  'x' <b> "}
+ASSISTANT = {"role": "assistant", "content": "Hello.\n"}
+ARGUMENTS = {"city": "Zürich", "days": 3}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+TOOL_TURN = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "{}"},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "description": "It's é",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CONVERSATIONS = {
+    "one": ([USER], None),
+    "system": ([SYSTEM, USER, ASSISTANT, {"role": "user", "content": "日本"}], None),
+    "plain": ([USER, ASSISTANT, USER], None),
+    "parts": ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], None),
+    "wrong": ([ASSISTANT, SYSTEM, ASSISTANT], None),
+    "empty": ([], None),
+    "tools": ([SYSTEM, *TOOL_TURN, ASSISTANT, USER], TOOLS),
+}
+LOOP = "{% for i in range(9999) %}" * 9 + "{}" + "{% endfor %}" * 9
+GROW = "{% set n = namespace(x='ab', l=[1]) %}{% for i in range(999) %}{}{% endfor %}"
+HOSTILE = [
+    LOOP.replace("{}", ""),
+    LOOP.replace("{}", "x"),
+    LOOP.replace("{}", "{% set x = i %}"),
+    "{% for i in range(99999) if false %}{% endfor %}" * 100,
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% for x in [[1]] recursive %}{{ loop([x]) }}{{ loop([x]) }}{% endfor %}",
+    "{% block a %}{{ self.a() }}{% endblock %}",
+    GROW.replace("{}", "{% set n.x = n.x ~ n.x %}"),
+    GROW.replace("{}", "{% set n.x = n.x + n.x %}"),
+    GROW.replace("{}", "{% set n.x = [n.x, n.x] | join %}"),
+    GROW.replace("{}", "{% set n.x = n.x.join([n.x, n.x, n.x]) %}"),
+    GROW.replace("{}", "{% set n.x = n.x | replace('a', n.x) %}"),
+    GROW.replace("{}", "{% set n.x = n.x.replace('a', n.x) %}"),
+    GROW.replace("{}", "{% set n.x = '%s%s' % (n.x, n.x) %}"),
+    GROW.replace("{}", "{% set n.x = '%s%s' | format(n.x, n.x) %}"),
+    GROW.replace("{}", "{% set n.x = '{0}{0}'.format(n.x) %}"),
+    GROW.replace("{}", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
+    GROW.replace("{}", "{% set n.x = n.x | indent(9999) ~ '\n' ~ n.x %}"),
+    GROW.replace("{}", "{% set n.l = n.l + n.l %}"),
+    GROW.replace("{}", "{% set n.l = [n.l, n.l] %}") + "{{ n.l }}",
+    GROW.replace("{}", "{% set n.l = {1: n.l, 2: n.l} %}") + "{{ n.l == n.l }}",
+    GROW.replace("{}", "{% set n.l = dict(a=n.l, b=n.l) %}") + "{{ n.l | tojson }}",
+    GROW.replace("{}", "{% set n.l = [n.l] * 2 %}") + "{{ n.l | string }}",
+    GROW.replace("{}", "{% set n.l = namespace(a=[n.l, n.l]) %}") + "{{ [n.l] }}",
+    GROW.replace("{}", "{% set n.l = (n.l, n.l) %}") + "{% if n.l == n.l %}{% endif %}",
+    "{% set n = namespace(i=3) %}{% for i in range(99) %}{% set n.i = n.i * n.i %}{% endfor %}",
+    "{% set n = namespace(i=3) %}{% for i in range(99) %}{% set n.i = n.i ** 9 %}{% endfor %}",
+    "{{ 9 ** 999999999 }}",
+    "{{ 'x' * 9999999999 }}",
+    "{{ 9999999999 * [1] }}",
+    "{{ 'x' | center(9999999999) }}",
+    "{{ 'x'.center(9999999999) }}",
+    "{{ 'x'.ljust(9999999999) }}",
+    "{{ 'x'.zfill(9999999999) }}",
+    "{{ '\t'.expandtabs(9999999999) }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%*d' % (9999999999, 1) }}",
+    "{{ '%0999999999d' | format(1) }}",
+    "{{ '{:9999999999}'.format(1) }}",
+    "{{ '{:{w}}'.format(1, w=9999999999) }}",
+    "{{ (1).to_bytes(9999999999, 'big') }}",
+    "{{ [1] | batch(9999999999, 'x') | list }}",
+    "{{ [1] | slice(9999999999) | list }}",
+    "{{ ['a'] | tojson(indent=9999999999) }}",
+    "{{ range(9999) | list | tojson(separators=('x' * 99999, ':')) }}",
+    "{{ 1.5 | round(999999999, 'floor') }}",
+    "{{ [[1]] * 9999 | sum(start=[]) }}",
+    "{{ range(99999) | map('string') | map('replace', '', 'x' * 99999) | join }}",
+    "{{ range(9999999999) | list }}",
+    "{{ lipsum(n=999999) }}",
+    "{{ strftime_now('%9999999999d') }}",
+    "{{ ('9' * 99999) | int(base=16) // ('8' * 50000) | int(base=16) }}",
+    "{{ range(99999) | select('in', range(99999) | list + ['x']) | list | length }}"
+    "{% for i in range(99) %}{{ range(99999) | reject('in', range(99999) | list) | list }}"
+    "{% endfor %}",
+    "{% include 'x' %}",
+    "{% extends 'x' %}",
+    "{% import 'x' as x %}",
+]
+ESCAPES = [
+    "{{ ''.__class__ }}{{ ''.__class__.__mro__ }}",
+    "{{ ''['__class__']['__mro__'] }}",
+    "{{ '' | attr('__class__') | string | length }}",
+    "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ range.__init__.__globals__ }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ (loop or self)._TemplateReference__context.environment }}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update(a=1) }}",
+    "{{ messages[0].pop('role') }}",
+    "{% set n = namespace() %}{% set n.__class__ = 1 %}",
+    "{% set n = namespace() %}{% set n.__html__ = 1 %}{{ n | escape }}",
+    "{% for x in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
+    "{{ range }}",
+    "{{ (messages | map('upper')) }}",
+]
+
+
+@cache
+def compiled(source: str) -> ChatTemplate:
+    return ChatTemplate(source, SPECIAL)
+
+
+# The others Mistral's library rewrites before it tokenizes: it parses tool results that are JSON,
+# and in version 2 merges the results of parallel calls. The templates do not.
+SAMPLES = {
+    1: ["no_tools"],
+    2: ["no_tools", "several_calls"],
+    3: ["no_tools", "several_calls", "parallel_calls"],
+}
+
+
+def published(data_dir: Path) -> Iterator[tuple[str, str]]:
+    """(file, source) of some 80 published templates."""
+    for folder in ("chat-templates", "tokenizer-mistral/chat_templates"):
+        for file in sorted((data_dir / folder).rglob("*.jinja")):
+            yield file.name, file.read_text("utf-8")
+    for file in sorted((data_dir / "chat-templates" / "mistral.rs").glob("*.json")):
+        yield file.name, json.loads(file.read_text("utf-8"))["chat_template"]
+
+
+def reference(source: str, messages: Any, tools: Any, prompt: bool) -> str | None:
+    """What transformers renders; None where the template refuses."""
+    try:
+        rendered, _ = render_jinja_template(
+            [messages], tools, None, source, add_generation_prompt=prompt, **SPECIAL
+        )
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None
+    text: str = rendered[0]
+    return text
+
+
+def attempt(template: ChatTemplate, messages: Any, tools: Any, prompt: bool) -> str | None:
+    try:
+        return template.render(messages, tools=tools, add_generation_prompt=prompt)
+    except InvalidField:
+        return None
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_renders_published_templates_as_transformers(data_dir: Path, name: str) -> None:
+    messages, tools = CONVERSATIONS[name]
+    num_equal = num_refused = 0
+    for file, source in published(data_dir):
+        template = compiled(source)
+        for prompt in (True, False):
+            expected = reference(source, messages, tools, prompt)
+            if expected is not None and "|safe" in source:
+                # There `safe` makes Jinja escape what is concatenated to its result, which no
+                # author means (mistral-common's issue 311).
+                expected = html.unescape(expected)
+            assert attempt(template, messages, tools, prompt) == expected, file
+            num_equal += expected is not None
+            num_refused += expected is None
+    assert num_equal + num_refused > 100
+    assert num_equal > 50 or name in ("wrong", "empty", "parts")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_tokens_of_mistral_conversations(data_dir: Path, version: int) -> None:
+    """Against the tokens that Mistral's own library gives."""
+    folder = data_dir / "tokenizer-mistral"
+    files = {1: "tokenizer.model.v1", 2: "*240216.model.v2", 3: "*240323.model.v3"}
+    (file,) = (folder / "data").glob(files[version])
+    tokenizer = load_tokenizer(file)
+    source = (folder / "chat_templates" / f"v{version}_spm.jinja").read_text("utf-8")
+    template = ChatTemplate(source, tokenizer.special_tokens)
+    for name in SAMPLES[version]:
+        sample = json.loads((folder / "samples" / name / "sample.json").read_text("utf-8"))
+        for message in sample["messages"]:
+            for call in message.get("tool_calls") or ():  # that library parses them
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        ids = template.encode(
+            tokenizer, sample["messages"], sample["tools"] or None, add_generation_prompt=False
+        )
+        expected = json.loads((folder / "samples" / name / f"tokens_v{version}.json").read_bytes())
+        assert ids == expected["tokens"], name
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_hostile_templates_end(source: str) -> None:
+    """Each would take hours or all memory. (pytest would not end if one did.)"""
+    with pytest.raises((InvalidField, ModelLoadError)):
+        ChatTemplate(source, max_chars=100_000, max_s=0.2).render([USER])
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_no_way_out_of_the_sandbox(source: str) -> None:
+    messages = [dict(USER)]
+    try:
+        text = ChatTemplate(source).render(messages)
+    except (InvalidField, ModelLoadError):
+        text = ""
+    assert text in ("", "0")  # an undefined value, or the length of one
+    assert messages == [USER]
+
+
+def test_constants_are_not_computed_when_a_template_is_loaded() -> None:
+    source = "{{ 'x' * 9999999999 }}{{ 9 ** 99999999 }}{{ 'x' | indent(9999999999) }}{{ 3 * 4 }}"
+    ChatTemplate(source)
+    assert ChatTemplate("{{ 3 * 4 }}{{ 'ab' | upper }}").render([]) == "12AB"
+
+
+def test_limits_of_output() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", max_chars=100)
+    assert template.render([{"content": "x" * 100}]) == "x" * 100
+    with pytest.raises(InvalidField, match="100 characters"):
+        template.render([{"content": "x" * 101}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% if %}", "{{ x | nosuch }}", "{% for %}", "{" * 300_000, "{{ " + "(" * 20_000 + " }}"],
+)
+def test_invalid_sources(source: str) -> None:
+    with pytest.raises(ModelLoadError, match="chat template `default`"):
+        ChatTemplate(source)
+
+
+def test_what_templates_rely_on() -> None:
+    source = """
+    {%- generation %}{% set x = 1 %}G{% endgeneration -%}
+    {%- for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}
+    {%- if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor -%}
+    {{- x is defined }}{{ {"é": "<'>"} | tojson }}{{ strftime_now("%Y") | length -}}
+    {{- "a-b".split("-") | join("+") }}{{ (dict(a=1) | items | list)[0][0] -}}
+    {{- "{:>3}|{}".format("x", 1) }}{{ "%02d" % 7 }}{{ messages | map(attribute="role") | list -}}
+    {{- tools is none }}{{ enable_thinking }}{{ bos_token }}{{ missing }}"""
+    template = ChatTemplate(source, SPECIAL)
+    text = template.render([SYSTEM, USER, ASSISTANT], enable_thinking=False)
+    roles = "['system', 'user', 'assistant']"
+    assert text == f'GuserFalse{{"é": "<\'>"}}4a+ba  x|107{roles}TrueFalse<s>'
+
+
+def test_the_template_for_tools_is_taken_when_there_are_tools() -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "{{ tools | length }} tools"})
+    assert template.render([]) == "plain"
+    assert template.render([], tools=[]) == "plain"
+    assert template.render([], tools=TOOLS) == "1 tools"
+    with pytest.raises(ModelLoadError, match="default"):
+        ChatTemplate({"tool_use": "x"})
+
+
+def test_a_template_can_refuse() -> None:
+    template = ChatTemplate("{{ raise_exception('Roles must alternate.') }}")
+    with pytest.raises(InvalidField, match="Roles must alternate") as caught:
+        template.render([USER])
+    assert caught.value.field == "messages"
+
+
+def test_only_data_enters_a_template(tmp_path: Path) -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    with pytest.raises(InvalidField, match="PosixPath"):
+        template.render([{"role": "user", "content": tmp_path}])
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InvalidField):
+        template.render([{"role": "user", "content": deep}])
+
+
+CHAT = (
+    "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+words = st.lists(st.sampled_from(["<|end|>", "<|", "end|>", "<|user|>", "<", "a b", "s>"]))
+
+
+@given(contents=st.lists(words.map("".join), min_size=1, max_size=3), role=words.map("".join))
+def test_messages_cannot_write_special_tokens(tiny: Tokenizer, contents, role: str) -> None:
+    messages = [{"role": role, "content": content} for content in contents]
+    template = ChatTemplate(CHAT)
+    ids = template.encode(tiny, messages)
+    names = ("<|user|>", "<|end|>", "<|assistant|>")
+    user, end, assistant = (tiny.token_id(name) for name in names)
+    special = [i for i in ids if i in tiny.special_ids]
+    assert special == [user, end] * len(contents) + [assistant]
+    assert tiny.decode(ids, skip_special_tokens=False) == template.render(messages)
+
+
+def test_harmless_messages_are_encoded_as_rendered(loaded) -> None:
+    tokenizer = loaded.tokenizer
+    template = ChatTemplate.for_tokenizer(tokenizer) or ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer.special_tokens
+    )
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    text = template.render(messages)
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    assert template.encode(tokenizer, messages) == expected
+
+
+def test_no_template(tiny: Tokenizer, tiny_llama: Tokenizer) -> None:
+    assert ChatTemplate.for_tokenizer(tiny_llama) is None
+    template = ChatTemplate.for_tokenizer(tiny)
+    assert template is not None
+    assert template.render([]) == "1"
