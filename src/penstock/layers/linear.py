@@ -1,0 +1,85 @@
+"""Linear maps that know which tensors of a checkpoint they are made of.
+
+Owns the weights of a map and how they lie in memory. One map may join several of a checkpoint
+(query, key and value; gate and up), because one wide product is faster than several narrow ones.
+
+Invariant: whoever applies a map does not know how its numbers are stored.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from penstock.layers.weights import Materials, Weight
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """The fastest way that torch has here to map x [T, in] to x W^T + b.
+
+    On x86 that is oneDNN with a weight packed once (what torch's own compiler emits for a frozen
+    model): 1.3 to 2.5 times as fast as `functional.linear` up to 64 tokens when the weights come
+    from memory. The result holds its own copy of `weight` then, and does not need the original.
+    """
+    if not packs(weight.dtype, weight.device):
+        return lambda x: functional.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    apply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: apply(x, packed, bias, "none", [], "")
+
+
+def packs(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether `product` keeps a packed copy of such a weight."""
+    if (
+        torch.device(device).type != "cpu"
+        or platform.machine() not in {"x86_64", "AMD64"}
+        or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+class Part(NamedTuple):
+    """One map of the checkpoint: `name`.weight, [num_rows, in], and perhaps `name`.bias."""
+
+    name: str
+    num_rows: int
+
+
+class Linear:
+    """y = x W^T + b, where the rows of W are those of its parts, one after the other."""
+
+    def __init__(
+        self, in_size: int, parts: Sequence[Part], *, bias: bool, materials: Materials
+    ) -> None:
+        self.parts = tuple(parts)
+        out_size = sum(part.num_rows for part in parts)
+        self.weight = materials.empty(out_size, in_size)
+        self.bias = materials.empty(out_size).zero_() if bias else None
+
+    def weights(self) -> Iterator[Weight]:
+        """Weight and bias of every part: slices of the joined ones."""
+        first = 0
+        for part in self.parts:
+            rows = slice(first, first + part.num_rows)
+            yield Weight(f"{part.name}.weight", self.weight[rows])
+            if self.bias is not None:
+                yield Weight(f"{part.name}.bias", self.bias[rows])
+            first += part.num_rows
+
+    def finish(self) -> None:
+        """Pack the weight; the rows that were loaded are given up."""
+        self._product = product(self.weight, self.bias)
+        del self.weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [T, in] to [T, out]."""
+        return self._product(x)

@@ -1,0 +1,236 @@
+"""From a directory to a model: config.json and safetensors files, and nothing else.
+
+Owns the reading of files. Never unpickles and never runs code from the directory.
+
+Invariant: headers are checked before any number is copied, and every missing, unexpected and
+misshapen weight is reported in one error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from penstock.errors import ModelLoadError, WeightMismatch
+from penstock.layers.weights import Materials, Weight
+from penstock.models.blocks import Decoder
+from penstock.models.registry import builder
+from penstock.models.spec import ModelSpec
+
+LoadFormat = Literal["auto", "dummy"]
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32", "F16", "BF16"}  # as safetensors names them
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        ModelLoadError: there is no such file, or it is not a JSON object.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ModelLoadError(f"`{directory}` is not a directory with a model.")
+    config = _read_json(directory / "config.json")
+    if config is None:
+        raise ModelLoadError(f"`{directory}` has no `config.json`.")
+    return config
+
+
+def read_generation_eos(path: Path | str) -> tuple[int, ...]:
+    """The end-of-sequence ids of generation_config.json and config.json, each once."""
+    ids: dict[int, None] = {}
+    for config in (_read_json(Path(path) / "generation_config.json") or {}, read_config(path)):
+        value = config.get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if type(token_id) is int and token_id >= 0:
+                ids[token_id] = None
+            elif token_id is not None:
+                raise ModelLoadError(
+                    f"`eos_token_id` is `{value!r}` in `{path}`; it must be a token id or a list "
+                    "of them."
+                )
+    return tuple(ids)
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+) -> Decoder:
+    """Build the model of a directory and fill its weights, converted to `dtype`.
+
+    `load_format` "dummy" reads config.json only and draws the weights (normal, std 0.02) from
+    `seed`.
+
+    Raises:
+        UnsupportedModel: the config asks for what is not implemented.
+        WeightMismatch: weights are missing, unexpected, misshapen or contradictory.
+        ModelLoadError: a file is missing, damaged or of a kind that is not read.
+    """
+    directory = Path(path)
+    spec = ModelSpec.from_hf(read_config(directory))
+    with torch.inference_mode():
+        model = builder(spec.architecture)(spec, Materials(dtype, device))
+        weights = [weight for layer in model.layers() for weight in layer.weights()]
+        if load_format == "dummy":
+            _draw(weights, seed)
+        else:
+            _fill(weights, _weight_files(directory))
+        for layer in model.layers():
+            layer.finish()
+    return model
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object, or None if there is no such file."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelLoadError(f"`{file}` cannot be read: {error}.") from error
+    except ValueError as error:
+        raise ModelLoadError(f"`{file}` is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"`{file}` does not hold a JSON object.")
+    return content
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, by its index if it has one."""
+    index = _read_json(directory / _INDEX)
+    if index is None:
+        files = sorted(directory.glob("*.safetensors"))
+        if len(files) == 1:
+            return files
+        if (directory / "model.safetensors") in files:
+            return [directory / "model.safetensors"]
+        raise _no_weights(directory, len(files))
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelLoadError(f"`{directory / _INDEX}` has no `weight_map` of file names.")
+    files = [directory / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.parent != directory or not file.is_file():
+            raise ModelLoadError(
+                f"`{_INDEX}` names `{file.name}`, which is not a file of `{directory}`.",
+                hint="the download may be incomplete.",
+            )
+    return files
+
+
+def _no_weights(directory: Path, num_files: int) -> ModelLoadError:
+    if num_files:
+        return ModelLoadError(
+            f"`{directory}` has `{num_files}` safetensors files and no `{_INDEX}`.",
+            hint="the index says which of them belong together; it comes with the checkpoint.",
+        )
+    pickles = [
+        file.name
+        for file in sorted(directory.iterdir())
+        if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+    ]
+    if pickles:
+        return ModelLoadError(
+            f"`{directory}` has its weights in `{pickles[0]}`, a pickle, which can run code when "
+            "it is read.",
+            hint="convert it with `save_pretrained(..., safe_serialization=True)`.",
+        )
+    return ModelLoadError(f"`{directory}` has no safetensors file.")
+
+
+def _draw(weights: list[Weight], seed: int) -> None:
+    """Random matrices. Vectors keep what they were built with: scales 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        if weight.data.dim() > 1 and not weight.duplicate:
+            drawn = torch.empty(weight.data.shape, dtype=weight.data.dtype)
+            weight.data.copy_(drawn.normal_(std=0.02, generator=generator))
+
+
+def _fill(weights: list[Weight], files: list[Path]) -> None:
+    """Copy every tensor of the files to where it belongs, after all of them were checked."""
+    wanted = {weight.name: weight for weight in weights}
+    source: dict[str, Path] = {}
+    problems = []
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a handle is no mapping)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # a buffer that old checkpoints carry; it follows from the config
+                header = tensors.get_slice(name)
+                problems += _check(name, header, wanted.get(name), source.get(name))
+                source[name] = file
+    problems += [
+        f"missing: `{weight.name}`, {list(weight.data.shape)}"
+        for weight in weights
+        if weight.name not in source and not weight.duplicate
+    ]
+    if problems:
+        raise _mismatch(problems)
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if source.get(name) == file and not wanted[name].duplicate:
+                    wanted[name].data.copy_(tensors.get_tensor(name))
+    _compare_duplicates([weight for weight in weights if weight.duplicate], source)
+
+
+def _check(name: str, header: Any, weight: Weight | None, earlier: Path | None) -> list[str]:
+    """What is wrong with one tensor of a checkpoint."""
+    shape, dtype = list(header.get_shape()), header.get_dtype()
+    if weight is None:
+        return [f"unexpected: `{name}`, {shape}"]
+    problems = []
+    if shape != list(weight.data.shape):
+        problems.append(f"misshapen: `{name}` is {shape}, the config says {[*weight.data.shape]}")
+    if dtype not in _DTYPES:
+        problems.append(f"unreadable: `{name}` is of type {dtype}, not one of {sorted(_DTYPES)}")
+    if earlier is not None:
+        problems.append(f"repeated: `{name}` is in `{earlier.name}` too")
+    return problems
+
+
+def _compare_duplicates(duplicates: list[Weight], source: dict[str, Path]) -> None:
+    for weight in duplicates:
+        if weight.name not in source:
+            continue
+        with _open(source[weight.name]) as tensors:
+            given = tensors.get_tensor(weight.name).to(weight.data)
+        if not torch.equal(given, weight.data):
+            raise WeightMismatch(
+                f"`{weight.name}` differs from the table that the config ties it to.",
+                hint="if it is a table of its own, `tie_word_embeddings` must be false.",
+            )
+
+
+def _mismatch(problems: list[str]) -> WeightMismatch:
+    return WeightMismatch(
+        f"`{len(problems)}` weights do not fit the model's config:\n  "
+        + "\n  ".join(sorted(problems)),
+        hint="config.json and the safetensors files must come from the same checkpoint.",
+    )
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A memory-mapped safetensors file; what is wrong with it becomes a ModelLoadError."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(
+            f"`{file}` cannot be read: {error}.",
+            hint="the file is damaged or incomplete; download it again.",
+        ) from error

@@ -1,0 +1,232 @@
+"""What a model is, read strictly from its config: shapes, constants and what they cost.
+
+Owns the reading of `config.json`. Knows no weights and no files.
+
+Invariant: a value that would change the result and is not implemented is refused by name here,
+never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from penstock.attention.kv_store import KVStore
+from penstock.errors import UnsupportedModel
+from penstock.layers.linear import packs
+from penstock.layers.rotary import LinearScaling, Llama3Scaling, RopeScaling
+
+_T = TypeVar("_T")
+_REQUIRED: Any = object()
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Keys that change what a Llama computes. They may be absent, null or false, and nothing else.
+_REFUSED = (
+    "attention_sinks",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "layer_types",
+    "logit_scale",
+    "num_experts",
+    "num_local_experts",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_interleaved",
+    "sliding_window",
+    "use_qk_norm",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Shapes and constants of a decoder-only transformer."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context_len: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    attention_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    dtype: torch.dtype  # what the checkpoint says its weights are
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """Read a Hugging Face config.
+
+        Raises:
+            UnsupportedModel: a key is missing, has the wrong type or a value that is not
+                implemented; the message names the key.
+        """
+        read = _Reader(config)
+        read.refuse(_REFUSED)
+        read.expect("hidden_act", "silu")
+        hidden_size = read.size("hidden_size")
+        num_heads = read.size("num_attention_heads")
+        theta, scaling = _rope(read)
+        spec = cls(
+            architecture=_architecture(config),
+            vocab_size=read.size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=read.size("intermediate_size"),
+            num_layers=read.size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=read.size("num_key_value_heads", num_heads),
+            head_dim=read.size("head_dim", hidden_size // num_heads),
+            max_context_len=read.size("max_position_embeddings", 2048),
+            norm_eps=read.factor("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            attention_bias=read.value(bool, "attention_bias", False),
+            mlp_bias=read.value(bool, "mlp_bias", False),
+            tied_embeddings=read.value(bool, "tie_word_embeddings", False),
+            dtype=_dtype(read),
+        )
+        if spec.num_heads % spec.num_kv_heads:
+            raise read.error("num_key_value_heads", f"a divisor of `{spec.num_heads}`")
+        if spec.head_dim % 2:
+            raise read.error("head_dim", "even, because RoPE rotates its halves")
+        return spec
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the weights; tied tables count once."""
+        hidden, q_size = self.hidden_size, self.num_heads * self.head_dim
+        qkv_size = q_size + 2 * self.num_kv_heads * self.head_dim
+        attention = hidden * (qkv_size + q_size)
+        mlp = 3 * hidden * self.intermediate_size
+        if self.attention_bias:
+            attention += qkv_size + hidden
+        if self.mlp_bias:
+            mlp += 2 * self.intermediate_size + hidden
+        tables = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
+        return tables + self.num_layers * (attention + mlp + 2 * hidden) + hidden
+
+    def weight_bytes(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+        """Bytes of the weights in memory; the head of a tied table may be a packed copy of it."""
+        num_parameters = self.num_parameters
+        if self.tied_embeddings and packs(dtype, device):
+            num_parameters += self.vocab_size * self.hidden_size
+        return num_parameters * dtype.itemsize
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that one token takes in the KV store."""
+        return KVStore.bytes_per_token(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+
+
+class _Reader:
+    """Typed access to a config; every failure names its key."""
+
+    def __init__(self, config: Mapping[str, Any], prefix: str = "") -> None:
+        self._config = config
+        self._prefix = prefix
+
+    def error(self, key: str, wanted: str) -> UnsupportedModel:
+        """What to raise when a key has a value that cannot be used."""
+        if key not in self._config:
+            return UnsupportedModel(f"`{self._prefix}{key}` is missing in the model's config.")
+        value = self._config[key]
+        return UnsupportedModel(
+            f"`{self._prefix}{key}` is `{value!r}` in the model's config; it must be {wanted}."
+        )
+
+    def value(self, kind: type[_T], key: str, default: _T = _REQUIRED) -> _T:
+        """The value of a key; absent and null are the default. An int will do for a float."""
+        value = self._config.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.error(key, f"of type {kind.__name__}")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self.error(key, f"of type {kind.__name__}")
+        return value
+
+    def size(self, key: str, default: int = _REQUIRED) -> int:
+        """A positive integer."""
+        value = self.value(int, key, default)
+        if value < 1:
+            raise self.error(key, "a positive integer")
+        return value
+
+    def factor(self, key: str, default: float = _REQUIRED) -> float:
+        """A positive number."""
+        value = self.value(float, key, default)
+        if not 0.0 < value < float("inf"):
+            raise self.error(key, "a positive number")
+        return value
+
+    def expect(self, key: str, wanted: str) -> None:
+        """Refuse any other value than this one; absent is this one."""
+        if self._config.get(key, wanted) != wanted:
+            raise self.error(key, f"`{wanted}`")
+
+    def refuse(self, keys: tuple[str, ...]) -> None:
+        """Refuse keys whose meaning is not implemented."""
+        for key in keys:
+            if self._config.get(key) not in (None, False):
+                raise self.error(key, "absent, because it is not implemented")
+
+    def section(self, key: str) -> _Reader | None:
+        """A nested object, or None if it is absent."""
+        value = self._config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.error(key, "an object")
+        return _Reader(value, f"{self._prefix}{key}.")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise UnsupportedModel(
+            f"`architectures` is `{names!r}` in the model's config; it must be a list of one name."
+        )
+    return str(names[0])
+
+
+def _dtype(read: _Reader) -> torch.dtype:
+    """`dtype` since transformers 5, `torch_dtype` before."""
+    key = "dtype" if read.value(str, "dtype", "") else "torch_dtype"
+    name = read.value(str, key, "float32")
+    if name not in _DTYPES:
+        raise read.error(key, f"one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
+    """Base and scaling: `rope_parameters` since transformers 5, `rope_scaling` before."""
+    theta = read.factor("rope_theta", 10000.0)
+    section = read.section("rope_parameters") or read.section("rope_scaling")
+    if section is None:
+        return theta, None
+    theta = section.factor("rope_theta", theta)
+    section.refuse(("partial_rotary_factor",))
+    kind_key = "rope_type" if section.value(str, "rope_type", "") else "type"
+    kind = section.value(str, kind_key, "default")
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearScaling(section.factor("factor"))
+    if kind == "llama3":
+        return theta, Llama3Scaling(
+            factor=section.factor("factor"),
+            low_freq_factor=section.factor("low_freq_factor"),
+            high_freq_factor=section.factor("high_freq_factor"),
+            original_context_len=section.size("original_max_position_embeddings"),
+        )
+    raise section.error(kind_key, "`default`, `linear` or `llama3`")

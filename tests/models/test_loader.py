@@ -1,0 +1,243 @@
+"""What the loader accepts, what it refuses, and that it says everything at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.models.helpers import Sessions
+
+from penstock.errors import ModelLoadError, UnsupportedModel, WeightMismatch
+from penstock.layers.weights import Materials
+from penstock.models.loader import load_model, read_config, read_generation_eos
+from penstock.models.registry import builder
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 13,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+LAYER = "model.layers.0"
+SHAPES = {
+    "model.embed_tokens.weight": (13, 8),
+    f"{LAYER}.input_layernorm.weight": (8,),
+    f"{LAYER}.post_attention_layernorm.weight": (8,),
+    **{f"{LAYER}.self_attn.{name}_proj.weight": (8, 8) for name in "qkvo"},
+    f"{LAYER}.mlp.gate_proj.weight": (12, 8),
+    f"{LAYER}.mlp.up_proj.weight": (12, 8),
+    f"{LAYER}.mlp.down_proj.weight": (8, 12),
+    "model.norm.weight": (8,),
+    "lm_head.weight": (13, 8),
+}
+FILE = "model.safetensors"
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def write(path: Path, content: dict[str, torch.Tensor], **config: Any) -> Path:
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    save_file(content, path / FILE)
+    return path
+
+
+def logits(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    model = load_model(path, dtype=dtype)
+    return Sessions(model, block_size=4).step({"a": [1, 5, 12, 3]})["a"]
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    content = tensors()
+    del content["model.norm.weight"]
+    del content[f"{LAYER}.self_attn.k_proj.weight"]
+    content[f"{LAYER}.mlp.up_proj.weight"] = torch.zeros(12, 9)
+    content[f"{LAYER}.self_attn.q_proj.bias"] = torch.zeros(8)
+    content["lm_head.weight"] = torch.zeros(13, 8, dtype=torch.int8)
+    with pytest.raises(WeightMismatch) as caught:
+        load_model(write(tmp_path, content), dtype=torch.float32)
+    message = caught.value.message
+    assert message.startswith("`5` weights")
+    assert "missing: `model.norm.weight`, [8]" in message
+    assert f"missing: `{LAYER}.self_attn.k_proj.weight`, [8, 8]" in message
+    assert f"misshapen: `{LAYER}.mlp.up_proj.weight` is [12, 9], the config says [12, 8]" in message
+    assert f"unexpected: `{LAYER}.self_attn.q_proj.bias`, [8]" in message
+    assert "unreadable: `lm_head.weight` is of type I8" in message
+
+
+def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
+    content = tensors()
+    plain = logits(write(tmp_path, content))
+    content[f"{LAYER}.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    assert torch.equal(logits(write(tmp_path, content)), plain)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_formats_are_converted(tmp_path: Path, stored: torch.dtype) -> None:
+    rounded = {name: tensor.to(stored) for name, tensor in tensors().items()}
+    exact = logits(write(tmp_path, {name: t.float() for name, t in rounded.items()}))
+    write(tmp_path, rounded)
+    assert torch.equal(logits(tmp_path), exact)
+    near = logits(tmp_path, torch.bfloat16)
+    assert near.dtype == torch.float32
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_shards_follow_the_index(tmp_path: Path) -> None:
+    content = tensors()
+    whole = logits(write(tmp_path, content))
+    (tmp_path / FILE).unlink()
+    names = list(content)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: content[name] for name in part}, tmp_path / file)
+    # A file that the index does not name is not read.
+    save_file({"stray": torch.zeros(1)}, tmp_path / "c.safetensors")
+    with pytest.raises(ModelLoadError, match="`3` safetensors files and no"):
+        load_model(tmp_path, dtype=torch.float32)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    index_file = tmp_path / "model.safetensors.index.json"
+    index_file.write_text(json.dumps(index))
+    assert torch.equal(logits(tmp_path), whole)
+    save_file(content, tmp_path / "b.safetensors")
+    with pytest.raises(WeightMismatch, match=r"repeated: `model.embed_tokens.weight` is in `a\."):
+        load_model(tmp_path, dtype=torch.float32)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"names `b\.safetensors`, which is not a file"):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x"}}])
+def test_a_bad_index_is_refused(tmp_path: Path, index: Any) -> None:
+    write(tmp_path, tensors())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_files_are_refused(tmp_path: Path, keep: int) -> None:
+    file = write(tmp_path, tensors()) / FILE
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ModelLoadError, match="cannot be read") as caught:
+        load_model(tmp_path, dtype=torch.float32)
+    assert caught.value.hint is not None
+
+
+def test_garbage_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, tensors()) / FILE
+    file.write_bytes(b"\xff" * 400)
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+def test_pickles_are_refused_and_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, tensors())
+    (tmp_path / FILE).rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"`pytorch_model\.bin`, a pickle") as caught:
+        load_model(tmp_path, dtype=torch.float32)
+    assert caught.value.hint is not None
+    assert "safe_serialization" in caught.value.hint
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelLoadError, match="has no safetensors file"):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    content = tensors()
+    untied = logits(write(tmp_path, content))
+    own = content.pop("lm_head.weight")
+    with pytest.raises(WeightMismatch, match=r"missing: `lm_head\.weight`"):
+        load_model(write(tmp_path, content), dtype=torch.float32)
+    tied = logits(write(tmp_path, content, tie_word_embeddings=True))
+    assert not torch.allclose(tied, untied)
+    content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
+    assert torch.equal(logits(write(tmp_path, content, tie_word_embeddings=True)), tied)
+    content["lm_head.weight"] = own
+    with pytest.raises(WeightMismatch, match="differs from the table"):
+        load_model(write(tmp_path, content, tie_word_embeddings=True), dtype=torch.float32)
+
+
+def test_dummy_weights_need_the_config_only(tmp_path: Path) -> None:
+    write(tmp_path, tensors(), hidden_size=64, attention_bias=True, mlp_bias=True)
+    (tmp_path / FILE).unlink()
+
+    def dummy(seed: int) -> torch.Tensor:
+        model = load_model(tmp_path, dtype=torch.float32, load_format="dummy", seed=seed)
+        assert 0.015 < model.embedding.weight.std() < 0.025
+        return Sessions(model, block_size=4).step({"a": [1, 2]})["a"]
+
+    assert dummy(1).isfinite().all()
+    assert torch.equal(dummy(1), dummy(1))
+    assert not torch.equal(dummy(1), dummy(2))
+
+
+def test_read_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="is not a directory"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ModelLoadError, match=r"has no `config\.json`"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match="is not JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ModelLoadError, match="JSON object"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, None, ()),
+        (None, 2, (2,)),
+        (7, 2, (7, 2)),
+        ([7, 2, 9], 2, (7, 2, 9)),
+        ([0], [0, 3], (0, 3)),
+    ],
+)
+def test_eos_ids_are_merged(
+    tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    if generation is not None:
+        content = json.dumps({"eos_token_id": generation})
+        (tmp_path / "generation_config.json").write_text(content)
+    assert read_generation_eos(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["2", [1, "x"], -1, 1.5, True])
+def test_bad_eos_ids_are_refused(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ModelLoadError, match="`eos_token_id`"):
+        read_generation_eos(tmp_path)
+
+
+def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
+    write(tmp_path, tensors(), architectures=["NoSuchModel"])
+    with pytest.raises(UnsupportedModel, match="`NoSuchModel`") as caught:
+        load_model(tmp_path, dtype=torch.float32)
+    assert "LlamaForCausalLM" in str(caught.value.hint)
+    with pytest.raises(UnsupportedModel):
+        builder("")
+
+
+def test_loaded_weights_are_what_the_spec_counts(tmp_path: Path) -> None:
+    for extra in ({}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | extra))
+        spec = load_model(tmp_path, dtype=torch.float32, load_format="dummy").spec
+        model = builder(spec.architecture)(spec, Materials(torch.float32))
+        weights = [weight for layer in model.layers() for weight in layer.weights()]
+        total = sum(weight.data.numel() for weight in weights if not weight.duplicate)
+        assert total == spec.num_parameters

@@ -1,0 +1,116 @@
+"""The config reader: what published configs say, and that nothing unknown passes silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.errors import UnsupportedModel
+from penstock.layers.linear import packs
+from penstock.layers.rotary import LinearScaling, Llama3Scaling
+from penstock.models.spec import ModelSpec
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "use_cache": True,
+    "pretraining_tp": 1,
+    "sliding_window": None,
+}
+
+
+def test_llama_3_2_1b() -> None:
+    spec = ModelSpec.from_hf(CONFIG)
+    assert spec.num_parameters == 1_235_814_400  # as its card says
+    assert (spec.head_dim, spec.num_kv_heads, spec.max_context_len) == (64, 8, 131072)
+    assert spec.dtype == torch.bfloat16
+    assert spec.rope_scaling == Llama3Scaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192
+    )
+    assert spec.kv_bytes_per_token(torch.bfloat16) == 16 * 2 * 8 * 64 * 2
+    copies = 128256 * 2048 if packs(torch.bfloat16, "cpu") else 0
+    assert spec.weight_bytes(torch.bfloat16) == 2 * (spec.num_parameters + copies)
+    assert spec.weight_bytes(torch.bfloat16, "cuda") == 2 * spec.num_parameters
+
+
+def test_absent_and_null_keys_take_the_defaults() -> None:
+    keys = ("architectures", "hidden_size", "intermediate_size", "num_attention_heads")
+    small = {key: CONFIG[key] for key in (*keys, "num_hidden_layers", "vocab_size")}
+    spec = ModelSpec.from_hf(small | {"num_key_value_heads": None, "head_dim": None})
+    assert (spec.num_kv_heads, spec.head_dim, spec.rope_theta) == (32, 64, 10000.0)
+    assert (spec.norm_eps, spec.dtype, spec.tied_embeddings) == (1e-6, torch.float32, False)
+    assert spec.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 7.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 7},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}},
+    ],
+)
+def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
+    config = {key: value for key, value in CONFIG.items() if not key.startswith("rope")}
+    spec = ModelSpec.from_hf(config | {"rope_scaling": None} | rope)
+    assert spec.rope_scaling == LinearScaling(2.0)
+    assert spec.rope_theta == 7.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("hidden_size", None, "hidden_size"),
+        ("hidden_size", "2048", "hidden_size"),
+        ("hidden_size", 0, "hidden_size"),
+        ("hidden_size", True, "hidden_size"),
+        ("vocab_size", 1.5, "vocab_size"),
+        ("num_key_value_heads", 5, "num_key_value_heads"),
+        ("num_attention_heads", -1, "num_attention_heads"),
+        ("head_dim", 63, "head_dim"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("attention_bias", 1, "attention_bias"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings"),
+        ("torch_dtype", "int8", "torch_dtype"),
+        ("dtype", "int8", "dtype"),
+        ("rms_norm_eps", "small", "rms_norm_eps"),
+        ("rms_norm_eps", -1e-5, "rms_norm_eps"),
+        ("rope_theta", 0, "rope_theta"),
+        ("rope_scaling", "linear", "rope_scaling"),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling.rope_type"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling.type"),
+        ("rope_scaling", {"rope_type": "linear"}, "rope_scaling.factor"),
+        ("rope_scaling", {"rope_type": "linear", "factor": -1}, "rope_scaling.factor"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary"),
+        ("sliding_window", 4096, "sliding_window"),
+        ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
+        ("rope_interleaved", True, "rope_interleaved"),
+        ("architectures", None, "architectures"),
+        ("architectures", [], "architectures"),
+        ("architectures", "LlamaForCausalLM", "architectures"),
+    ],
+)
+def test_what_is_not_implemented_is_named(key: str, value: Any, named: str) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelSpec.from_hf(CONFIG | {key: value})
+    assert f"`{named}" in caught.value.message
