@@ -1,0 +1,104 @@
+"""What the two routes that generate have in common: `/v1/chat/completions`, `/v1/completions`.
+
+Owns the life of such a call: decoded, let in by the gate, watched, and let out again whatever
+happens. The routes themselves only translate.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from penstock.protocol.openai import (
+    ChatRequest,
+    CompletionRequest,
+    PromptTokensDetails,
+    Usage,
+)
+from penstock.protocol.parse import decode_request
+from penstock.server.calls import Call, watch_client
+from penstock.server.generation import Tally
+from penstock.server.params import digest
+from penstock.server.service import SMALL_BYTES, Service, body_of, call_of, service_of
+from penstock.server.stream import EventStream
+
+T = TypeVar("T", bound=msgspec.Struct)
+Answer = Callable[[Service, Call, bytes], Awaitable[Response | EventStream]]
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class GenerationEndpoint:
+    """An ASGI application around a function that answers one generating route."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        service, call = service_of(request), call_of(request)
+        try:
+            async with watch_client(call, receive):
+                async with call.interruptible():
+                    response = await self._answer(service, call, body_of(request))
+                if isinstance(response, EventStream):
+                    await response.send_all(call, scope, send)
+                else:
+                    await response(scope, receive, send)
+        finally:
+            service.gate.release(call)
+
+
+async def read(service: Service, cls: type[T], body: bytes) -> T:
+    """Decode a request body, a large one in a thread.
+
+    Raises:
+        InvalidField: see `decode_request`.
+        QueueFull: too many large bodies wait.
+    """
+    if len(body) <= SMALL_BYTES:
+        return decode_request(cls, body)
+    return await service.workers.run(lambda: decode_request(cls, body))
+
+
+def admit(
+    service: Service, call: Call, request: ChatRequest | CompletionRequest, num_answers: int
+) -> None:
+    """Ask the gate, and note for the log who asks.
+
+    Raises:
+        Overloaded, EngineDead, InvalidField: see `Gate.admit`.
+    """
+    service.gate.admit(call, num_answers)
+    call.num_answers = num_answers
+    person = request.safety_identifier if isinstance(request, ChatRequest) else None
+    call.user = digest(person or request.user)
+
+
+def usage_of(tally: Tally, call: Call, *, drop_generated: bool = False) -> Usage:
+    """The usage so far; the call keeps the numbers for its log line."""
+    num_prompt, num_cached, num_generated = tally.total()
+    if drop_generated:
+        num_generated = 0
+    call.num_prompt_tokens = num_prompt
+    call.num_cached_tokens = num_cached
+    call.num_completion_tokens = num_generated
+    return Usage(
+        num_prompt, num_generated, num_prompt + num_generated, PromptTokensDetails(num_cached)
+    )
+
+
+def json_response(value: object) -> Response:
+    """A 200 with a body of one of the wire types."""
+    return Response(encode_json(value), media_type="application/json")
+
+
+def new_id(prefix: str) -> str:
+    """The id of an answer."""
+    return f"{prefix}-{uuid.uuid4().hex}"
