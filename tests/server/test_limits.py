@@ -104,11 +104,18 @@ def test_bad_keys_are_told_at_the_start(tmp_path: Path) -> None:
         {"request_timeout_s": 0},
         {"log_level": "loud"},
         {"ssl_keyfile": "k"},
+        {"host": "0.0.0.0"},
+        {"host": "llm.example"},
     ],
 )
 def test_bad_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         ServerSettings(**options)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert ServerSettings(host=host).is_loopback
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.nip.io"])
@@ -125,9 +132,9 @@ async def test_own_hosts(api: Harness, host: str) -> None:
 
 
 async def test_hosts_can_be_set(make_api: Make) -> None:
-    open_api = make_api(host="0.0.0.0")
+    open_api = make_api(host="0.0.0.0", allow_anonymous=True)
     assert (await open_api.http.get("/health", headers={"host": "any"})).status_code == 200
-    api = make_api(host="0.0.0.0", allowed_hosts=("llm.example",))
+    api = make_api(host="0.0.0.0", api_key=("k",), allowed_hosts=("llm.example",))
     assert (await api.http.get("/health", headers={"host": "llm.example"})).status_code == 200
     assert (await api.http.get("/health", headers={"host": "any"})).status_code == 400
 

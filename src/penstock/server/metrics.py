@@ -10,7 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
@@ -79,6 +85,7 @@ class Metrics:
     """All metrics of one server."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a series more for each counter, and nobody reads it
         self._registry = CollectorRegistry(auto_describe=False)
 
         def histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:

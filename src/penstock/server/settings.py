@@ -5,6 +5,7 @@ Knows nothing of the engine. Limits are on by default, and the server binds to l
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class ServerSettings:
         },
     )
     api_key_file: str | None = _option(None, "file with one key a line")
+    allow_anonymous: bool = _option(False, "serve other machines without a key")
     ssl_certfile: str | None = _option(None, "certificate chain (PEM): serve HTTPS")
     ssl_keyfile: str | None = _option(None, "its private key (PEM)")
     ssl_keyfile_password: str | None = field(
@@ -102,11 +104,24 @@ class ServerSettings:
             )
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"`log_level` is `{self.log_level}`; it must be of {LOG_LEVELS}.")
+        if not (self.is_loopback or self.api_key or self.api_key_file or self.allow_anonymous):
+            raise ConfigError(
+                f"`host` is `{self.host}`, which other machines can reach, and no API key is set.",
+                hint="set `--api-key-file FILE`, or say `--allow-anonymous`",
+            )
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise ConfigError(
                 "`ssl_keyfile` or `ssl_ca_certs` is set without `ssl_certfile`.",
                 hint="give the certificate too",
             )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach `host`."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() in LOOPBACK
 
     def hosts(self) -> frozenset[str] | None:
         """The host names that a request may have in `Host`; None: any.
@@ -116,7 +131,7 @@ class ServerSettings:
         """
         if self.allowed_hosts:
             return frozenset(name.lower() for name in self.allowed_hosts)
-        return LOOPBACK if self.host.lower() in LOOPBACK else None
+        return LOOPBACK | {self.host.lower()} if self.is_loopback else None
 
     def keys(self) -> tuple[str, ...]:
         """All API keys, those of the file included.

@@ -1,0 +1,309 @@
+"""Which tokens are computed in the next step: running requests first, then waiting ones.
+
+Owns the live requests, their rows and their order; knows neither tensors nor text. There are no
+phases: each request gets min(pending tokens, what is left of the budget, chunk cap), in the order
+of the policy. Feature logic lives elsewhere; a line added here needs a reason.
+
+Invariant: a slice that is planned is executed. Requests lose their blocks only from the end of the
+order, slices are handed out from its beginning, and what is admitted fits without a preemption.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import bisect_left, insort
+from collections.abc import Collection
+from itertools import pairwise
+from typing import final
+
+from penstock.engine.kv_cache import KVCache
+from penstock.engine.plan import Admission, Slice, StepPlan, StepResult
+from penstock.engine.policy import AdmissionPolicy
+from penstock.engine.request import Request
+from penstock.errors import ConfigError
+from penstock.types import EngineStats, FinishReason, TokenEvent
+
+
+@final
+class Scheduler:
+    """The order of work of one engine. Call `schedule` and `commit` in turn.
+
+    `add` and `abort` may be called at any moment, also between the two.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        policy: AdmissionPolicy,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        long_prefill_token_threshold: int = 0,
+    ) -> None:
+        """Make a scheduler without requests.
+
+        Args:
+            kv_cache: the pool; nobody else takes blocks from it.
+            policy: the order of requests.
+            max_num_seqs: rows, the most requests that run at once.
+            max_num_batched_tokens: the most tokens of one step.
+            max_model_len: the most tokens of one request.
+            eos_token_ids: tokens that end a request that does not ignore them.
+            long_prefill_token_threshold: the most tokens of one request in one step; 0: no cap.
+
+        Raises:
+            ConfigError: the pool cannot hold one request of `max_model_len` tokens, which could
+                then never be finished.
+        """
+        capacity = kv_cache.num_blocks * kv_cache.block_size
+        if capacity < max_model_len:
+            raise ConfigError(
+                f"The KV cache holds `{capacity}` tokens, less than one request of "
+                f"`max_model_len` = `{max_model_len}`.",
+                hint="lower `max_model_len`, or give the KV cache more memory",
+            )
+        assert max_num_seqs > 0
+        assert max_num_batched_tokens > 0
+        self._kv = kv_cache
+        self._key = policy.key
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_chunk = long_prefill_token_threshold or max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+        self._requests: dict[str, Request] = {}  # all live ones
+        self._running: list[Request] = []  # sorted by key, as is
+        self._waiting: list[Request] = []
+        self._rows: list[Request | None] = [None] * max_num_seqs  # who runs in a row
+        self._free_rows = list(range(max_num_seqs))  # a heap: the smallest row is taken first
+        self._released: list[int] = []  # rows given up since the last plan
+
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_prefix_query_tokens = 0
+        self._num_prefix_hit_tokens = 0
+        self._num_preemptions = 0
+        self._num_chunks = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is live; then the next plan holds at least one slice."""
+        return bool(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(self, request: Request) -> None:
+        """Let a new request wait; its id must be that of no live one."""
+        assert request.id not in self._requests, request.id
+        assert 0 < request.num_tokens < self._max_model_len, request.num_tokens
+        self._requests[request.id] = request
+        insort(self._waiting, request, key=self._key)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request now; what a step in flight computes for it is dropped.
+
+        Returns:
+            Its last event; None if there is no such live request.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request.row is None and request.num_preemptions == 0:
+            request.queue_s = time.monotonic() - request.arrival_s
+        self._forget(request)
+        return TokenEvent(request_id, [], request.usage, FinishReason.ABORT)
+
+    def schedule(self) -> StepPlan:
+        """Plan one step. The plan must be executed, then be given to `commit`.
+
+        A slice may read blocks that another slice of the same plan fills (see `KVCache.commit`).
+        """
+        plan = StepPlan([], [], self._released, [])
+        budget = self._max_num_batched_tokens
+        for request in self._running:  # a preemption shortens the list, from its end
+            budget -= self._plan_slice(request, plan, budget)
+            if budget == 0:
+                break
+        while budget > 0 and (admitted := self._admit_next(plan)) is not None:
+            budget -= self._plan_slice(admitted, plan, budget)
+        self._released = []
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Take in what the step gave: one event for each request that got tokens."""
+        events = []
+        for row, start, length in plan.slices:
+            request = self._rows[row]
+            if request is None:
+                continue  # aborted since the plan was made
+            end = start + length
+            if start < request.num_prompt:
+                self._num_prompt_tokens += min(end, request.num_prompt) - start
+                request.collect_prompt_logprobs(start, result.prompt_logprobs.get(row, ()))
+            if end < len(request.token_ids):
+                request.num_computed = end
+                self._num_chunks += 1
+            else:
+                events.append(self._extend(request, row, result))
+        self._num_steps += 1
+        return events
+
+    def fill_stats(self, stats: EngineStats) -> None:
+        """Write all figures but `last_step_s`, which is for who runs the steps to know."""
+        stats.num_running = len(self._running)
+        stats.num_waiting = len(self._waiting)
+        stats.num_blocks = self._kv.num_blocks
+        stats.num_used_blocks = self._kv.num_used
+        stats.num_steps = self._num_steps
+        stats.num_prompt_tokens = self._num_prompt_tokens
+        stats.num_generated_tokens = self._num_generated_tokens
+        stats.num_prefix_query_tokens = self._num_prefix_query_tokens
+        stats.num_prefix_hit_tokens = self._num_prefix_hit_tokens
+        stats.num_preemptions = self._num_preemptions
+        stats.num_chunks = self._num_chunks
+
+    def check(self) -> None:
+        """Assert the invariants of `request.py` and of the cache. Call it between any two calls."""
+        live = [*self._running, *self._waiting]
+        assert {request.id: request for request in live} == self._requests
+        for queue in (self._running, self._waiting):
+            keys = [self._key(request) for request in queue]
+            assert all(a < b for a, b in pairwise(keys)), keys
+        for request in live:
+            assert 0 <= request.num_computed < request.num_tokens < self._max_model_len, request.id
+        for request in self._running:
+            assert request.row is not None
+            assert self._rows[request.row] is request
+            assert request.num_computed <= len(request.blocks) * self._kv.block_size
+        for request in self._waiting:
+            assert request.row is None
+            assert not request.blocks
+            assert request.num_computed == 0
+        used_rows = [row for row, request in enumerate(self._rows) if request is not None]
+        assert len(used_rows) == len(self._running)
+        assert sorted(used_rows + self._free_rows) == list(range(len(self._rows)))
+        self._kv.check(live)
+
+    def _plan_slice(self, request: Request, plan: StepPlan, budget: int) -> int:
+        """Plan the next tokens of a running request.
+
+        Returns:
+            How many; 0 if there are no blocks for them and the request had to preempt itself.
+        """
+        start = request.num_computed
+        length = min(request.num_pending, self._max_chunk, budget)
+        end = start + length
+        block_size = self._kv.block_size
+        if end > len(request.blocks) * block_size and not self._grow(request, plan, end):
+            return 0
+        if end // block_size > request.num_chained:
+            self._kv.commit(request, min(end, len(request.token_ids)))
+        assert request.row is not None
+        plan.slices.append(Slice(request.row, start, length))
+        return length
+
+    def _grow(self, request: Request, plan: StepPlan, num_tokens: int) -> bool:
+        """Find blocks for a running request, at the cost of the last in the order if need be."""
+        while (blocks := self._kv.grow(request, num_tokens)) is None:
+            if self._preempt_last() is request:
+                return False
+        assert request.row is not None
+        plan.new_blocks.append((request.row, blocks))
+        return True
+
+    def _vacate(self, request: Request) -> None:
+        """Give back row and blocks of a request that ran."""
+        assert request.row is not None
+        self._kv.release(request)
+        self._rows[request.row] = None
+        self._released.append(request.row)
+        heapq.heappush(self._free_rows, request.row)
+        request.row = None
+
+    def _preempt_last(self) -> Request:
+        """Let the last of the running requests wait again; its tokens will be computed anew."""
+        request = self._running.pop()
+        self._vacate(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.draft.clear()
+        insort(self._waiting, request, key=self._key)
+        self._num_preemptions += 1
+        return request
+
+    def _admit_next(self, plan: StepPlan) -> Request | None:
+        """Give the head of the queue a row, if one is free and all its tokens fit into the pool.
+
+        To reserve blocks for all tokens, though maybe only a chunk is computed now, keeps requests
+        that were admitted together from preempting one another. Nobody overtakes the head.
+        """
+        if not self._waiting or not self._free_rows:
+            return None
+        request = self._waiting[0]
+        if self._kv.num_free < request.num_blocks_awaited:
+            return None
+        matches = request.prompt_logprobs is None  # else each position must be computed
+        if matches:
+            self._kv.match(request)
+        num_cached = len(request.blocks) * self._kv.block_size
+        if self._kv.grow(request, request.num_tokens) is None:
+            self._kv.release(request)
+            request.num_blocks_awaited = self._kv.num_free + 1
+            return None
+        if request.num_preemptions == 0:  # what it finds of its own work later is no saving
+            request.num_cached = num_cached
+            request.queue_s = time.monotonic() - request.arrival_s
+            self._num_prefix_hit_tokens += num_cached
+            if matches and self._kv.enable_prefix_caching:
+                self._num_prefix_query_tokens += request.num_prompt
+        request.num_computed = num_cached
+        row = request.row = heapq.heappop(self._free_rows)
+        self._rows[row] = self._waiting.pop(0)
+        insort(self._running, request, key=self._key)
+        plan.admitted.append(
+            Admission(
+                row, request.token_ids.copy(), request.num_prompt, request.params, request.seed
+            )
+        )
+        plan.new_blocks.append((row, request.blocks.copy()))
+        return request
+
+    def _extend(self, request: Request, row: int, result: StepResult) -> TokenEvent:
+        """Append what was sampled for a request, and end it if that does."""
+        is_first = len(request.token_ids) == request.num_prompt
+        finish, num_kept = None, 0
+        token_ids = result.token_ids[row]
+        for token_id in token_ids:
+            num_kept += 1
+            finish = request.append(token_id, self._eos_token_ids, self._max_model_len)
+            if finish is not None:
+                token_ids = token_ids[:num_kept]
+                self._forget(request)
+                break
+        request.num_computed = len(request.token_ids) - 1
+        request.draft.clear()
+        self._num_generated_tokens += num_kept
+        logprobs = result.logprobs.get(row)
+        return TokenEvent(
+            request.id,
+            token_ids,
+            request.usage,
+            finish,
+            token_ids[-1] if finish is FinishReason.STOP else None,
+            None if logprobs is None else logprobs[:num_kept],
+            request.prompt_logprobs if is_first else None,
+        )
+
+    def _forget(self, request: Request) -> None:
+        """Take a live request out of the books."""
+        queue = self._waiting if request.row is None else self._running
+        index = bisect_left(queue, self._key(request), key=self._key)
+        assert queue[index] is request
+        del queue[index], self._requests[request.id]
+        if request.row is not None:
+            self._vacate(request)
