@@ -101,6 +101,24 @@ def test_errors_are_a_sentence_and_a_hint() -> None:
     assert penstock("serve", "--no-such-option").returncode == 2
 
 
+@pytest.mark.parametrize(("module", "extra"), [("torch", "engine"), ("httpx", "serve")])
+def test_a_missing_extra_is_a_sentence(module: str, extra: str, tmp_path: Path) -> None:
+    """As after `pip install penstock`: importing the module fails as if it were not there."""
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    arguments = ["chat", "Hello!", *(["--url", "http://127.0.0.1:9"] if module == "httpx" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.cli.main", *arguments],
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"`{module}`, which is not installed" in done.stderr
+    assert f"penstock[{extra}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_doctor_tells_the_same_twice() -> None:
     runner = CliRunner()
     found = json.loads(runner.invoke(cli, ["doctor", "--json"]).stdout)

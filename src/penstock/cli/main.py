@@ -14,6 +14,14 @@ import click
 import penstock
 from penstock.errors import PenstockError
 
+# What a command needs beyond the base install: missing module -> extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "numpy", "safetensors", "sentencepiece", "tokenizers"), "engine"),
+    **dict.fromkeys(("jinja2", "tqdm"), "engine"),
+    **dict.fromkeys(("httptools", "httpx", "prometheus_client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "uvloop"), "serve"),
+}
+
 # name: one line for `penstock --help`. The module penstock.cli.<name> holds `command`.
 COMMANDS = {
     "serve": "Serve a model over the OpenAI protocol.",
@@ -60,6 +68,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except PenstockError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        click.echo(f"error: This needs `{error.name}`, which is not installed.", err=True)
+        click.echo(f"hint: pip install 'penstock[{extra}]'", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

@@ -1,0 +1,161 @@
+"""The settings of one engine, and the only place where "auto" becomes a value.
+
+Owns names, defaults, help and range checks; `penstock.cli` makes its options from the fields.
+Knows neither files nor torch nor memory; what a checkpoint says, it is told.
+Invariant: a config that `resolve` has returned holds no "auto" and no open `max_model_len`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from penstock.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+LOAD_FORMATS = ("auto", "dummy")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+
+
+def _option(default: Any, flag: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to run one model. Flags carry vLLM's names where vLLM has the same thing.
+
+    Raises:
+        ConfigError: a value is out of range, or two values cannot be combined.
+    """
+
+    model: str = field(
+        metadata={
+            "flag": "--model",
+            "help": "directory of a checkpoint, or name of a built-in model",
+            "choices": None,
+        }
+    )
+    dtype: str = _option(
+        "auto", "--dtype", "type of weights and KV cache; auto: what the checkpoint has", DTYPES
+    )
+    load_format: Literal["auto", "dummy"] = _option(
+        "auto", "--load-format", "auto: safetensors; dummy: random weights", LOAD_FORMATS
+    )
+    max_model_len: int | None = _option(
+        None, "--max-model-len", "tokens of prompt and answer together; default: the model's"
+    )
+    block_size: int = _option(16, "--block-size", "tokens a KV cache block; 1 = token attention")
+    max_num_seqs: int = _option(64, "--max-num-seqs", "requests that run at the same time")
+    max_num_batched_tokens: int = _option(
+        2048, "--max-num-batched-tokens", "tokens computed in one step"
+    )
+    long_prefill_token_threshold: int = _option(
+        0, "--long-prefill-token-threshold", "tokens of one request in one step; 0 = no cap"
+    )
+    enable_prefix_caching: bool = _option(
+        True, "--enable-prefix-caching", "keep the KV of finished requests for equal prefixes"
+    )
+    kv_cache_memory_bytes: int | None = _option(
+        None, "--kv-cache-memory-bytes", "memory of the KV cache; default: from free memory"
+    )
+    num_blocks: int | None = _option(
+        None, "--num-blocks", "exact number of KV cache blocks, instead of bytes"
+    )
+    scheduling_policy: str = _option(
+        "fcfs", "--scheduling-policy", "who goes first when not all can", SCHEDULING_POLICIES
+    )
+    seed: int = _option(0, "--seed", "draws the seeds of requests that bring none")
+    num_threads: int | None = _option(
+        None, "--num-threads", "CPU threads of the model; default: all cores"
+    )
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("block_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("long_prefill_token_threshold", 0),
+            ("seed", 0),
+        ):
+            self._check_int(name, low)
+        for name, low in (
+            ("max_model_len", 2),  # one token in, one token out
+            ("kv_cache_memory_bytes", 1),
+            ("num_blocks", 1),
+            ("num_threads", 1),
+        ):
+            if getattr(self, name) is not None:
+                self._check_int(name, low)
+        for name, known in (
+            ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"`{name}` is `{getattr(self, name)}`; it must be one of {_names(known)}."
+                )
+        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "`num_blocks` and `kv_cache_memory_bytes` both give the size of the KV cache.",
+                hint="set one of them",
+            )
+
+    def _check_int(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(
+                f"`{name}` is `{value!r}`; it must be an integer of at least `{low}`."
+            )
+
+    @property
+    def context_len(self) -> int:
+        """`max_model_len` of a resolved config."""
+        assert self.max_model_len is not None, "the config is not resolved"
+        return self.max_model_len
+
+    def resolve(self, *, max_context_len: int, checkpoint_dtype: str) -> Self:
+        """This config with every open value set from what the checkpoint is.
+
+        Args:
+            max_context_len: tokens that the model was made for.
+            checkpoint_dtype: of its weights; float16 becomes float32, which holds its every value.
+
+        Raises:
+            ConfigError: `max_model_len` is more than the model was made for.
+        """
+        max_model_len = self.max_model_len or max_context_len
+        if max_model_len > max_context_len:
+            raise ConfigError(
+                f"`max_model_len` is `{max_model_len}`, more than the model's `{max_context_len}`.",
+                hint=f"use `--max-model-len {max_context_len}` or less",
+            )
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if checkpoint_dtype == "float16" else checkpoint_dtype
+        return replace(self, max_model_len=max_model_len, dtype=dtype)
+
+
+def resolve_model(name: str) -> Path:
+    """The directory that `name` means: a directory itself, or a model that ships with penstock.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    from penstock import builtin  # its package data need not exist for a directory
+
+    if name in builtin.NAMES:
+        return builtin.path(name)
+    raise ConfigError(
+        f"`model` is `{name}`, which is neither a directory nor a built-in model.",
+        hint=f"built-in: {_names(builtin.NAMES)}",
+    )
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

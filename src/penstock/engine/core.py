@@ -1,0 +1,256 @@
+"""The engine: requests in, tokens out, one `step` at a time. Synchronous; knows token ids only.
+
+Owns the scheduler and the runner, checks what comes in, and counts. Text, stop strings, threads
+and processes are in front of it (`penstock.text`, `penstock.engine.client`).
+Invariant: a request that `add` refuses leaves no trace, and one that it takes cannot make a step
+fail: all that a request can get wrong is found here.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, final
+
+from penstock.engine.config import EngineConfig, resolve_model
+from penstock.engine.kv_cache import KVCache
+from penstock.engine.plan import Admission, Slice, StepPlan
+from penstock.engine.policy import POLICIES
+from penstock.engine.request import Request
+from penstock.engine.scheduler import Scheduler
+from penstock.engine.state import DeviceState
+from penstock.errors import ContextTooLong, InvalidField
+from penstock.types import (
+    MAX_SEED,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    SamplingParams,
+    TokenEvent,
+)
+
+if TYPE_CHECKING:
+    from penstock.engine.runner import Runner
+
+
+@final
+class EngineCore:
+    """One model that serves many requests. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        runner: Runner,
+    ) -> None:
+        """Put an engine together from its parts; `from_config` makes them from a checkpoint.
+
+        Args:
+            config: the settings, resolved.
+            info: what the engine is; its sizes are those of the runner's state and KV store.
+            runner: made for this engine alone.
+        """
+        self.info = info
+        self.stats = EngineStats()
+        self.scheduler = Scheduler(
+            KVCache(info.num_blocks, info.block_size, config.enable_prefix_caching),
+            POLICIES[config.scheduling_policy](),
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            eos_token_ids=info.eos_token_ids,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+        )
+        self.scheduler.fill_stats(self.stats)
+        self._runner = runner
+        self._seeds = random.Random(config.seed)
+        self._num_arrived = 0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """Plan the memory, load the model, warm it up.
+
+        Raises:
+            ConfigError: a setting is wrong, or there is no such model.
+            ModelLoadError: the checkpoint cannot be used.
+            NotEnoughMemory: it would not fit. Nothing has been loaded then.
+        """
+        phases: dict[str, float] = {}
+        path = resolve_model(config.model)
+        with _timed(phases, "import"):  # torch comes with them, and is most of it
+            from penstock.engine.memory import available_memory_bytes, plan_memory
+            from penstock.models.loader import read_config, read_generation_eos
+            from penstock.models.spec import ModelSpec
+
+        with _timed(phases, "plan"):
+            spec = ModelSpec.from_hf(read_config(path))
+            config = config.resolve(
+                max_context_len=spec.max_context_len,
+                checkpoint_dtype=str(spec.dtype).removeprefix("torch."),
+            )
+            memory = plan_memory(spec, config, available_memory_bytes())
+            eos_token_ids = read_generation_eos(path)
+        runner = _load(path, config, memory.num_blocks, eos_token_ids, phases)
+        info = EngineInfo(
+            model=config.model,
+            max_model_len=config.context_len,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=eos_token_ids,
+            dtype=config.dtype,
+            block_size=config.block_size,
+            num_blocks=memory.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            plan=memory.lines,
+            startup_s=phases,
+        )
+        return cls(config, info, runner)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def add(self, request: EngineRequest) -> None:
+        """Take a request; its tokens come out of the next steps.
+
+        Raises:
+            RequestError: it is wrong, and the engine is as it was.
+        """
+        if request.request_id in self.scheduler:
+            raise InvalidField(
+                f"`request_id` is `{request.request_id}`, which is in use.", field="request_id"
+            )
+        prompt = _check_prompt(request.prompt_token_ids, self.info)
+        _check_params(request.params, self.info)
+        seed = request.params.seed
+        if seed is None:
+            seed = self._seeds.randrange(MAX_SEED)
+        self.scheduler.add(
+            Request(
+                replace(request, prompt_token_ids=prompt),
+                seed=seed,
+                arrival=self._num_arrived,
+                arrival_s=time.monotonic(),
+            )
+        )
+        self._num_arrived += 1
+        self.scheduler.fill_stats(self.stats)
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End a request now and free what it holds: its last event, or none if it is not live."""
+        event = self.scheduler.abort(request_id)
+        self.scheduler.fill_stats(self.stats)
+        return [] if event is None else [event]
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch: the events of all requests that got a token."""
+        if not self.scheduler.has_work:
+            return []
+        plan = self.scheduler.schedule()
+        result = self._runner.execute(plan)
+        events = self.scheduler.commit(plan, result)
+        self.scheduler.fill_stats(self.stats)
+        self.stats.last_step_s = time.monotonic()
+        return events
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    started_s = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - started_s
+
+
+def _load(
+    path: Path,
+    config: EngineConfig,
+    num_blocks: int,
+    eos_token_ids: tuple[int, ...],
+    phases: dict[str, float],
+) -> Runner:
+    """Read the weights, allocate the KV store, run once; `config` is resolved."""
+    with _timed(phases, "load"):
+        import torch
+
+        from penstock.attention.kv_store import KVStore
+        from penstock.attention.reference import ReferenceAttention
+        from penstock.engine.runner import Runner
+        from penstock.models.loader import load_model
+
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        dtype = getattr(torch, config.dtype)
+        model = load_model(path, dtype=dtype, load_format=config.load_format)
+    with _timed(phases, "kv"):
+        spec, num_slots = model.spec, num_blocks * config.block_size
+        kv = KVStore(spec.num_layers, num_slots, spec.num_kv_heads, spec.head_dim, dtype)
+        state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
+        runner = Runner(model, state, kv, ReferenceAttention(), eos_token_ids)
+    with _timed(phases, "warmup"):
+        _warm_up(runner, config.context_len, config.block_size)
+    return runner
+
+
+def _warm_up(runner: Runner, max_model_len: int, block_size: int) -> None:
+    """Run a prompt and a decode step in row 0 and the first blocks; leave the row free."""
+    num_tokens = min(8, max_model_len - 1)
+    block_ids = list(range(-(-(num_tokens + 1) // block_size)))
+    admission = Admission(0, [0] * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0)
+    runner.execute(StepPlan([Slice(0, 0, num_tokens)], [admission], [], [(0, block_ids)]))
+    if num_tokens + 2 <= max_model_len:
+        runner.execute(StepPlan([Slice(0, num_tokens, 1)], [], [], []))
+    runner.execute(StepPlan([], [], [0], []))
+
+
+def _check_prompt(token_ids: Sequence[int], info: EngineInfo) -> list[int]:
+    """The prompt as a list of plain integers."""
+    try:
+        prompt = [index(token_id) for token_id in token_ids]
+    except TypeError:
+        prompt = []
+    if not prompt:
+        raise InvalidField(
+            "`prompt_token_ids` must be a list of at least one integer.", field="prompt_token_ids"
+        )
+    _check_ids("prompt_token_ids", prompt, info)
+    if len(prompt) >= info.max_model_len:
+        raise ContextTooLong(
+            f"The prompt has `{len(prompt)}` tokens; with one token of answer it must fit into the "
+            f"context of `{info.max_model_len}`.",
+            field="prompt_token_ids",
+            hint="shorten the prompt, or start the engine with a larger `--max-model-len`",
+        )
+    return prompt
+
+
+def _check_params(params: SamplingParams, info: EngineInfo) -> None:
+    """What of the parameters depends on the model. Ranges are checked by `SamplingParams`."""
+    from penstock.engine.sampler import check_choice  # with torch, which a runner has loaded
+
+    if params.n != 1:
+        raise InvalidField(f"`n` is `{params.n}`; the engine takes one at a time.", field="n")
+    for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+        _check_ids(name, list(getattr(params, name) or ()), info)
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > info.vocab_size:
+            raise InvalidField(
+                f"`{name}` is `{getattr(params, name)}`, more than the `{info.vocab_size}` tokens "
+                "of the vocabulary.",
+                field=name,
+            )
+    check_choice(params, info.eos_token_ids, info.vocab_size)
+
+
+def _check_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidField(
+                f"`{name}` holds `{token_id}`, which is not in the vocabulary of "
+                f"`{info.vocab_size}` tokens.",
+                field=name,
+            )

@@ -1,0 +1,173 @@
+"""What a model will need in memory, as arithmetic, before anything is loaded.
+
+Owns the size of the KV pool: it is what free memory allows, or what the user asked for. Knows the
+model by its `ModelSpec` alone: no weight is touched, so that a plan takes no time.
+Invariant: a plan that is returned has room for at least one request of `max_model_len` tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from penstock.engine.config import EngineConfig
+from penstock.engine.state import DeviceState
+from penstock.errors import NotEnoughMemory
+from penstock.models.spec import ModelSpec
+
+RUNTIME_BYTES = 400 * 2**20  # Python, torch and its libraries, measured
+KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
+QUERY_PIECE_LEN = 256  # queries that attention computes at once
+LOGIT_PIECE_LEN = 256  # prompt positions whose logits are held at once
+LOGIT_BYTES = 24  # a logit: itself, its softmax, sorted value, sorted index and running sum
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory goes."""
+
+    weight_bytes: int
+    workspace_bytes: int  # activations, logits and device state at the largest step
+    block_bytes: int  # of one KV block over all layers
+    num_blocks: int
+    available_bytes: int
+    lines: tuple[str, ...]  # the arithmetic, for people
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the KV pool."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return RUNTIME_BYTES + self.weight_bytes + self.workspace_bytes + self.kv_bytes
+
+
+def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> MemoryPlan:
+    """Divide `available_bytes` between weights, workspace and KV pool.
+
+    Args:
+        config: a resolved config.
+
+    Raises:
+        NotEnoughMemory: it does not fit; the hint names a setting with which it does.
+    """
+    dtype = getattr(torch, config.dtype)
+    block_bytes = config.block_size * spec.kv_bytes_per_token(dtype)
+    weight_bytes = spec.weight_bytes(dtype)
+    workspace_bytes = _workspace_bytes(spec, config, dtype.itemsize)
+    left_bytes = available_bytes - RUNTIME_BYTES - weight_bytes - workspace_bytes
+    num_blocks = _num_blocks(config, block_bytes, left_bytes)
+    total_bytes = RUNTIME_BYTES + weight_bytes + workspace_bytes + num_blocks * block_bytes
+    lines = (
+        f"weights    {_size(weight_bytes)} = {spec.num_parameters:,} parameters "
+        f"x {dtype.itemsize} bytes ({config.dtype})",
+        f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
+        f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
+        f"runtime    {_size(RUNTIME_BYTES)} for Python and torch",
+        f"KV cache   {_size(num_blocks * block_bytes)} = {num_blocks:,} blocks "
+        f"x {config.block_size} tokens x {block_bytes // config.block_size:,} bytes",
+        f"total      {_size(total_bytes)} of {_size(available_bytes)} available",
+    )
+    plan = MemoryPlan(
+        weight_bytes, workspace_bytes, block_bytes, num_blocks, available_bytes, lines
+    )
+    if total_bytes > available_bytes:
+        raise NotEnoughMemory(
+            "The memory plan does not fit:\n" + "\n".join(lines),
+            hint=_what_fits(config, plan, left_bytes),
+        )
+    return plan
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: what the system has free, within its cgroup."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        system = int(found[1]) * 1024 if found else 0
+    else:
+        system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    container = _cgroup_left_bytes(Path("/sys/fs/cgroup"))
+    return system if container is None else min(system, container)
+
+
+def _cgroup_left_bytes(root: Path) -> int | None:
+    """What a container's limit leaves; None without one. Knows cgroup v2, then v1."""
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+            stat = re.search(r"^inactive_file (\d+)", _text(limit.parent / "memory.stat"), re.M)
+            reclaimable = int(stat[1]) if stat else 0  # page cache, as MemAvailable counts it
+            return max(int(text) - int(used.read_text()) + reclaimable, 0)
+    return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _workspace_bytes(spec: ModelSpec, config: EngineConfig, item_bytes: int) -> int:
+    """An upper estimate of what a step holds beside weights and KV."""
+    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    widths = 3 * spec.hidden_size + 2 * qkv + 3 * spec.intermediate_size
+    activations = config.max_num_batched_tokens * widths * item_bytes
+    # The longest row's keys and values gathered in one place, a mask and the scores of a piece.
+    gathered = 2 * spec.num_kv_heads * spec.head_dim + (1 + spec.num_heads) * QUERY_PIECE_LEN
+    attention = config.context_len * gathered * 3 // 2 * item_bytes
+    logits = max(config.max_num_seqs, LOGIT_PIECE_LEN) * spec.vocab_size * LOGIT_BYTES
+    state = DeviceState.bytes_for(config.max_num_seqs, config.context_len, config.block_size)
+    return activations + attention + logits + state
+
+
+def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
+    """The size of the pool: as asked for, else up to every request at full length."""
+    needed = -(-config.context_len // config.block_size)  # of one request
+    if config.num_blocks is None and config.kv_cache_memory_bytes is None:
+        share = int(left_bytes * KV_SHARE) // block_bytes
+        return min(config.max_num_seqs * needed, max(needed, share))
+    if config.num_blocks is not None:
+        num_blocks, enough = config.num_blocks, f"--num-blocks {needed}"
+    else:
+        num_blocks = (config.kv_cache_memory_bytes or 0) // block_bytes
+        enough = f"--kv-cache-memory-bytes {needed * block_bytes}"
+    if num_blocks < needed:
+        raise NotEnoughMemory(
+            f"The KV cache of `{num_blocks}` blocks of `{config.block_size}` tokens is too small "
+            f"for one request of `{config.context_len}` tokens.",
+            hint=f"use `{enough}` or more, or `--max-model-len` of at most "
+            f"{num_blocks * config.block_size}",
+        )
+    return num_blocks
+
+
+def _what_fits(config: EngineConfig, plan: MemoryPlan, left_bytes: int) -> str:
+    """The setting to change so that the plan fits."""
+    if plan.weight_bytes + RUNTIME_BYTES >= plan.available_bytes:
+        if config.dtype == "float32":
+            return "use `--dtype bfloat16` for half the weights, or a smaller model"
+        return "use a smaller model: its weights alone do not fit"
+    num_blocks = left_bytes // plan.block_bytes
+    num_tokens = num_blocks * config.block_size
+    if num_tokens < 2:
+        return "lower `--max-num-batched-tokens`, `--max-num-seqs` or `--max-model-len`"
+    is_pool_given = config.num_blocks is not None or config.kv_cache_memory_bytes is not None
+    if num_tokens < config.context_len:
+        open_pool = " and leave the size of the KV cache open" if is_pool_given else ""
+        return f"use `--max-model-len {num_tokens}` or less{open_pool}"
+    if config.num_blocks is not None:
+        return f"use `--num-blocks {num_blocks}` or less"
+    return f"use `--kv-cache-memory-bytes {num_blocks * plan.block_bytes}` or less"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:8.2f} GiB"
+    return f"{num_bytes / 2**20:8.2f} MiB"

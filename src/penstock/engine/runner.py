@@ -1,0 +1,98 @@
+"""Executes one plan: state, batch, model, sampler. Common to every model and every feature.
+
+Feature logic lives elsewhere; a line added here needs a reason in the commit. Knows rows, and
+neither requests nor scheduling: a plan is all it is told, so that another rank can follow it.
+Invariant: after `execute`, the state holds the tokens of this step, also for rows whose request
+has gone meanwhile; a later plan releases those.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from penstock.attention.base import AttentionBackend, ForwardBatch
+from penstock.attention.kv_store import KVStore
+from penstock.engine import sampler
+from penstock.engine.batch import StepBatch, build_batch
+from penstock.engine.plan import StepPlan, StepResult
+from penstock.engine.state import DeviceState
+from penstock.types import TokenLogprobs
+
+PROMPT_LOGPROB_ROWS = 256  # positions whose logits are held at the same time
+
+
+class Model(Protocol):
+    """What the runner asks of a model. `penstock.models.blocks.Decoder` is one."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [T, D] of all tokens of the batch; writes their keys and values."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, D] -> [L, V] float32."""
+
+
+class Runner:
+    """A model with its state and its KV cache."""
+
+    def __init__(
+        self,
+        model: Model,
+        state: DeviceState,
+        kv: KVStore,
+        attention: AttentionBackend,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._kv = kv
+        self._attention = attention
+        self._eos_token_ids = eos_token_ids
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the slices of `plan`; sample after those that reach the end of their row."""
+        state = self._state
+        state.apply(plan)
+        if not plan.slices:
+            return StepResult({}, {}, {})
+        batch = build_batch(plan.slices, state, self._kv, self._attention)
+        hidden = self._model.forward(batch.forward)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        rows = batch.sampled_rows
+        if not len(rows):
+            return StepResult({}, {}, prompt_logprobs)
+        if len(rows) < len(hidden):  # a pure decode step needs no selection
+            hidden = hidden[batch.forward.logit_rows]
+        sampled = sampler.sample(self._model.logits(hidden), rows, state, self._eos_token_ids)
+        state.append(rows, sampled.token_ids)
+        token_ids = {
+            row: [token_id]
+            for row, token_id in zip(rows.tolist(), sampled.token_ids.tolist(), strict=True)
+        }
+        logprobs = {row: [logprob] for row, logprob in sampled.logprobs.items()}
+        return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(
+        self, batch: StepBatch, hidden: torch.Tensor
+    ) -> dict[int, list[TokenLogprobs]]:
+        """By row that asks for it: of prompt tokens start+1 .. start+length of its slice."""
+        state = self._state
+        found: dict[int, list[TokenLogprobs]] = {}
+        for index in state.wants_prompt_logprobs[batch.rows].nonzero()[0].tolist():
+            row = int(batch.rows[index])
+            first = int(batch.forward.query_start[index])
+            end = batch.forward.context_lens[index]
+            start = end - batch.forward.lengths[index]
+            targets = state.token_ids[row, start + 1 : min(end + 1, int(state.num_prompt[row]))]
+            params = state.params[row]
+            assert params is not None
+            assert params.prompt_logprobs is not None
+            found[row] = []
+            for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+                piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
+                at = first + offset
+                logits = self._model.logits(hidden[at : at + len(piece)])
+                found[row] += sampler.prompt_logprobs(logits, piece, params.prompt_logprobs)
+        return found

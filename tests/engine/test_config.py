@@ -1,0 +1,76 @@
+"""EngineConfig: every field described, every wrong value refused, "auto" resolved once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.engine.config import EngineConfig, resolve_model
+from penstock.errors import ConfigError
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(EngineConfig), ids=lambda field: field.name)
+def test_every_field_tells_its_flag_and_help(field: dataclasses.Field[Any]) -> None:
+    assert field.metadata["flag"].startswith("--")
+    assert 10 < len(field.metadata["help"]) < 90
+    choices = field.metadata["choices"]
+    assert choices is None or field.default in choices
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int3"),
+        ("load_format", "pickle"),
+        ("scheduling_policy", "lottery"),
+        ("block_size", 0),
+        ("block_size", True),
+        ("block_size", 1.5),
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 0),
+        ("long_prefill_token_threshold", -1),
+        ("max_model_len", 1),
+        ("kv_cache_memory_bytes", 0),
+        ("num_blocks", 0),
+        ("num_threads", 0),
+        ("seed", -1),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` is `{value!r}`|`{name}` is `{value}`"):
+        EngineConfig(model="m", **{name: value})  # type: ignore[arg-type]
+
+
+def test_the_pool_has_one_size() -> None:
+    with pytest.raises(ConfigError, match="`num_blocks` and `kv_cache_memory_bytes`"):
+        EngineConfig(model="m", num_blocks=1, kv_cache_memory_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")],
+)
+def test_auto_is_what_the_checkpoint_has(stored: str, computed: str) -> None:
+    resolved = EngineConfig(model="m").resolve(max_context_len=128, checkpoint_dtype=stored)
+    assert (resolved.dtype, resolved.max_model_len) == (computed, 128)
+
+
+def test_given_values_win() -> None:
+    config = EngineConfig(model="m", dtype="float32", max_model_len=10)
+    assert config.resolve(max_context_len=128, checkpoint_dtype="bfloat16") == config
+
+
+def test_a_model_is_not_stretched() -> None:
+    with pytest.raises(ConfigError, match="`max_model_len` is `129`, more than the model's `128`"):
+        EngineConfig(model="m", max_model_len=129).resolve(
+            max_context_len=128, checkpoint_dtype="float32"
+        )
+
+
+def test_a_model_is_a_directory_or_built_in(tmp_path: Path) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    with pytest.raises(ConfigError, match="neither a directory nor a built-in model"):
+        resolve_model(str(tmp_path / "nowhere"))

@@ -1,0 +1,153 @@
+"""The memory plan: its arithmetic, its refusals, and that following a hint helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.engine import memory
+from penstock.engine.config import EngineConfig
+from penstock.engine.memory import RUNTIME_BYTES, MemoryPlan, plan_memory
+from penstock.errors import NotEnoughMemory
+from penstock.models.spec import ModelSpec
+
+GIB = 2**30
+CHECKPOINT: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SPEC = ModelSpec.from_hf(CHECKPOINT)  # TinyLlama: 1,100,048,384 parameters
+KV_BYTES = 22 * 2 * 4 * 64 * 2  # a token in bfloat16
+
+
+def plan(available_bytes: int, **settings: Any) -> MemoryPlan:
+    config = EngineConfig(model="m", **settings)
+    resolved = config.resolve(max_context_len=SPEC.max_context_len, checkpoint_dtype="bfloat16")
+    return plan_memory(SPEC, resolved, available_bytes)
+
+
+def test_the_arithmetic_is_shown() -> None:
+    found = plan(64 * GIB)
+    assert found.weight_bytes == 2 * 1_100_048_384
+    assert found.block_bytes == 16 * KV_BYTES
+    assert found.num_blocks == 64 * 2048 // 16, "room for every request at full length"
+    assert found.total_bytes == (
+        RUNTIME_BYTES + found.weight_bytes + found.workspace_bytes + found.kv_bytes
+    )
+    text = "\n".join(found.lines)
+    assert "1,100,048,384 parameters x 2 bytes (bfloat16)" in text
+    assert f"8,192 blocks x 16 tokens x {KV_BYTES:,} bytes" in text
+    assert re.search(r"total +[\d.]+ GiB of +64.00 GiB available", text)
+
+
+def test_a_pool_that_chooses_its_size_takes_half_of_what_is_left() -> None:
+    found = plan(6 * GIB)
+    left = 6 * GIB - found.total_bytes + found.kv_bytes
+    assert found.num_blocks == left // 2 // found.block_bytes
+    tight = plan(found.total_bytes - found.kv_bytes + 2048 * KV_BYTES)
+    assert tight.num_blocks == 2048 // 16, "one request, though it is more than half"
+
+
+def test_a_pool_is_as_large_as_asked() -> None:
+    assert plan(6 * GIB, num_blocks=200).num_blocks == 200
+    assert plan(6 * GIB, kv_cache_memory_bytes=GIB).num_blocks == GIB // (16 * KV_BYTES)
+    assert plan(6 * GIB, max_model_len=17, num_blocks=2).num_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"num_blocks": 127}, "--num-blocks 128"),
+        ({"kv_cache_memory_bytes": 1}, f"--kv-cache-memory-bytes {2048 * KV_BYTES}"),
+        ({"num_blocks": 127}, "`--max-model-len` of at most 2032"),
+    ],
+)
+def test_a_pool_smaller_than_one_request(settings: dict[str, Any], hint: str) -> None:
+    with pytest.raises(NotEnoughMemory, match="too small for one request of `2048`") as error:
+        plan(64 * GIB, **settings)
+    assert error.value.hint is not None
+    assert hint in error.value.hint
+
+
+def test_weights_that_do_not_fit() -> None:
+    with pytest.raises(NotEnoughMemory, match=r"weights +4\.10 GiB") as error:
+        plan(4 * GIB, dtype="float32")
+    assert "--dtype bfloat16" in str(error.value.hint)
+    with pytest.raises(NotEnoughMemory) as error:
+        plan(2 * GIB)
+    assert "smaller model" in str(error.value.hint)
+
+
+@given(
+    available_bytes=st.integers(1, 12 * GIB),
+    pool=st.sampled_from([{}, {"num_blocks": 60_000}, {"kv_cache_memory_bytes": 3 * GIB}]),
+    batch=st.sampled_from([64, 2048, 100_000]),
+    max_num_seqs=st.sampled_from([1, 64, 1000]),
+)
+def test_a_plan_fits_or_its_hint_does(
+    available_bytes: int, pool: dict[str, int], batch: int, max_num_seqs: int
+) -> None:
+    settings: dict[str, Any] = {
+        "max_num_batched_tokens": batch,
+        "max_num_seqs": max_num_seqs,
+        **pool,
+    }
+    try:
+        found = plan(available_bytes, **settings)
+    except NotEnoughMemory as error:
+        hint = error.hint or ""
+    else:
+        assert found.total_bytes <= available_bytes
+        assert found.num_blocks >= 2048 // 16
+        return
+    named = re.search(r"`--([\w-]+) (\d+)`", hint)
+    if named is None:
+        assert "lower `--max-num-batched-tokens`" in hint or "smaller model" in hint
+        return
+    if "leave the size" in hint:
+        settings = {name: settings[name] for name in settings if name not in pool}
+    settings[named[1].replace("-", "_")] = int(named[2])
+    assert plan(available_bytes, **settings).total_bytes <= available_bytes
+
+
+def test_the_plan_is_what_the_parts_take() -> None:
+    """KV and state are as large as announced."""
+    found = plan(64 * GIB, max_model_len=64, num_blocks=5)
+    assert found.kv_bytes == 5 * 16 * KV_BYTES
+    assert dataclasses.is_dataclass(found)
+
+
+def test_available_memory_is_a_fact() -> None:
+    assert 2**24 < memory.available_memory_bytes() < 2**50
+
+
+def test_a_container_limits_what_is_available(tmp_path: Path) -> None:
+    left = memory._cgroup_left_bytes
+    assert left(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    assert left(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert left(tmp_path) == 300
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 3\n")
+    assert left(tmp_path) == 450
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert left(tmp_path) == 0

@@ -1,0 +1,158 @@
+"""Writes the generated parts of the documents: figures in README.md, options in docs/serving.md.
+
+`python tools/docs.py` writes; with `--check` it only tells whether they are up to date. A test runs
+the check, so that a figure in the README is always one of `results/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+
+
+def figures() -> str:
+    """The README's table, from the files in results/."""
+    rows = [row for make in (_startup, _overhead, _prefix_cache, _concurrent) for row in make()]
+    table = ["| what | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)]
+    return "\n".join([*table, "", _conditions()])
+
+
+def options() -> str:
+    """The table of `penstock serve`'s options."""
+    from penstock.cli.serve import command
+
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            flags = " / ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+            lines.append(f"| {flags} | {_default(parameter)} | {parameter.help or ''} |")
+    return "\n".join(lines)
+
+
+def _default(parameter: click.Option) -> str:
+    value = parameter.default
+    if value in (None, (), "") or value is getattr(click.core, "UNSET", None):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _load(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return document
+
+
+def _startup() -> list[tuple[str, str]]:
+    phases = _load("startup")["figures"]["phases"]
+    first, importing = phases["first_token_s"]["median"], phases["engine_import_s"]["median"]
+    help_ms = _load("cli_help")["figures"]["help_s"]["median"] * 1e3
+    return [
+        (
+            "start of `penstock serve brook` to the first streamed token",
+            f"{first:.2f} s, of which {importing:.2f} s import torch",
+        ),
+        ("`penstock --help`", f"{help_ms:.0f} ms"),
+    ]
+
+
+def _overhead() -> list[tuple[str, str]]:
+    rows = _load("engine_overhead")["figures"]["rows"]
+
+    def step_ms(num_running: int, kind: str) -> str:
+        (row,) = (
+            row
+            for row in rows
+            if (row["vocab_size"], row["num_running"], row["kind"]) == (2048, num_running, kind)
+        )
+        return f"{row['step_us']['median'] / 1e3:.2f}"
+
+    numbers = (1, 16, 64, 256)
+    title = (
+        "engine overhead a step (all but the model) at 1 / 16 / 64 / 256 running, vocabulary 2,048"
+    )
+    return [
+        (f"{title}, greedy", " / ".join(step_ms(n, "greedy") for n in numbers) + " ms"),
+        (
+            "the same, sampling with a temperature",
+            " / ".join(step_ms(n, "temperature") for n in numbers) + " ms",
+        ),
+    ]
+
+
+def _prefix_cache() -> list[tuple[str, str]]:
+    cold, warm = _load("prefix_cache")["figures"]["rows"]
+    cost = (cold["seconds_with_over_without"]["median"] - 1) * 100
+    gain = 1 / warm["seconds_with_over_without"]["median"]
+    return [
+        ("prefix cache, nothing ever found: time against no cache", f"{cost:+.1f} %"),
+        (
+            f"prefix cache, {warm['hit_rate']:.0%} of prompt tokens found: throughput against none",
+            f"{gain:.2f}x",
+        ),
+    ]
+
+
+def _concurrent() -> list[tuple[str, str]]:
+    measured = _load("concurrent")["figures"]
+    throughput = measured["throughput_ratio"]["median"]
+    ttft = measured["median_ttft_ratio"]["median"]
+    what = f"16 clients, brook in {measured['dtype']}, against transformers' `generate` in batches"
+    return [
+        (f"{what}: output tokens/s", f"{throughput:.2f}x"),
+        (f"{what}: median time to first token", f"{ttft:.2f}x"),
+    ]
+
+
+def _conditions() -> str:
+    environment = _load("startup")["environment"]
+    versions = environment["versions"]
+    return (
+        f"{environment['cpu']}, {environment['num_cores']} cores, "
+        f"{environment['memory_gib']:.0f} GiB; "
+        f"Python {environment['python']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}. Medians; spread, samples and commands are in "
+        "`results/`. Again: `make bench`."
+    )
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "figures": ("README.md", figures),
+    "options": ("docs/serving.md", options),
+}
+
+
+def filled(name: str) -> tuple[Path, str, str]:
+    """A document, its text now, and its text with the part `name` made anew."""
+    file, make = PARTS[name]
+    path = ROOT / file
+    text = path.read_text()
+    pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)"
+    new = re.sub(pattern, lambda match: f"{match[1]}{make()}\n{match[2]}", text, flags=re.DOTALL)
+    assert re.search(pattern, text, re.DOTALL), f"{file} has no part {name}"
+    return path, text, new
+
+
+def main() -> int:
+    stale = []
+    for name in PARTS:
+        path, text, new = filled(name)
+        if text != new:
+            stale.append(f"{path.name}: {name}")
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if stale and "--check" in sys.argv:
+        print(f"out of date: {', '.join(stale)}; run tools/docs.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
