@@ -42,6 +42,7 @@ TORCH_FREE = [
     "penstock.engine.process",
     "penstock.engine.config",
     "penstock.engine.scheduler",
+    "penstock.engine.core",
     "penstock.server.app",
     "penstock.cli.main",
 ]

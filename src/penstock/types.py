@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from penstock.errors import InvalidField
@@ -17,7 +17,7 @@ from penstock.errors import InvalidField
 MAX_SEED = 2**63 - 1
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"  # end-of-sequence token, stop token or stop string
@@ -99,7 +99,9 @@ class SamplingParams:
 
 
 def _reject(params: SamplingParams, name: str, wanted: str) -> InvalidField:
-    return InvalidField(f"`{name}` is `{getattr(params, name)!r}`; it must be {wanted}.", field=name)
+    return InvalidField(
+        f"`{name}` is `{getattr(params, name)!r}`; it must be {wanted}.", field=name
+    )
 
 
 def _check_int(params: SamplingParams, name: str, low: int, high: int | None) -> None:

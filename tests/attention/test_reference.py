@@ -182,7 +182,7 @@ def test_unsupported_gives_reasons() -> None:
 def test_kv_store_is_one_allocation_of_the_planned_size() -> None:
     kv = KVStore(3, 50, 2, 8, torch.bfloat16)
     num_bytes = kv.data.numel() * kv.data.element_size()
-    assert num_bytes == 50 * KVStore.bytes_per_token(3, 2, 8, torch.bfloat16)
+    assert num_bytes == 50 * 3 * 2 * 2 * 8 * 2
     assert not kv.data.any()
     k, v = torch.randn(2, 2, 8).bfloat16(), torch.randn(2, 2, 8).bfloat16()
     kv.write(1, k, v, torch.tensor([49, 7]))

@@ -10,7 +10,8 @@ import torch
 from penstock.layers.embedding import Embedding, LMHead
 from penstock.layers.linear import Linear, Part, packs, product
 from penstock.layers.norm import RMSNorm
-from penstock.layers.rotary import LinearScaling, Llama3Scaling, RopeScaling, Rotary
+from penstock.layers.rotary import Rotary
+from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling
 from penstock.layers.weights import Materials
 
 FP32 = Materials(torch.float32)

@@ -13,7 +13,8 @@ from tests.models.helpers import Sessions
 
 from penstock.errors import ModelLoadError, UnsupportedModel, WeightMismatch
 from penstock.layers.weights import Materials
-from penstock.models.loader import load_model, read_config, read_generation_eos
+from penstock.models.files import read_config, read_generation_eos
+from penstock.models.loader import load_model
 from penstock.models.registry import builder
 
 CONFIG: dict[str, Any] = {

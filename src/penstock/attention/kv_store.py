@@ -3,12 +3,17 @@
 Owns the memory and its layout. Knows neither requests nor which blocks are free: a slot is one
 token's place in every layer. A backend that wants another layout or number format brings its own.
 
-Invariant: the store is one tensor of exactly `num_slots * bytes_per_token` bytes, always finite.
+Invariant: one tensor, of as many bytes as `ModelSpec.kv_bytes_per_token` says; always finite.
 """
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+
+CACHE_LINE_BYTES = 64
 
 
 class KVStore:
@@ -29,7 +34,7 @@ class KVStore:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (num_layers, 2 * num_kv_heads, num_slots, head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = _zeros(shape, dtype, torch.device(device))
         self.num_slots = num_slots
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -38,13 +43,6 @@ class KVStore:
         self._layers = list(self.data.unbind(0))
         self._keys = [layer[:num_kv_heads].transpose(0, 1) for layer in self._layers]
         self._values = [layer[num_kv_heads:].transpose(0, 1) for layer in self._layers]
-
-    @staticmethod
-    def bytes_per_token(
-        num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes that one slot takes over all layers."""
-        return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
 
     def write(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
@@ -69,3 +67,16 @@ class KVStore:
         return self._layers[layer].view(
             2 * self.num_kv_heads, self.num_slots // block_size, block_size * self.head_dim
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU of pages that the system makes when they are first touched.
+
+    Writing them at the start would take up to a second for each GiB. Aligned to cache lines.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + CACHE_LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE_BYTES
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)

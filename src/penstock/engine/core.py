@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Self, final
 
 from penstock.engine.config import EngineConfig, resolve_model
 from penstock.engine.kv_cache import KVCache
+from penstock.engine.memory import available_memory_bytes, plan_memory
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.state import DeviceState
 from penstock.errors import ContextTooLong, InvalidField
+from penstock.models.files import read_config, read_generation_eos
+from penstock.models.spec import ModelSpec
 from penstock.types import (
     MAX_SEED,
     EngineInfo,
@@ -82,16 +85,10 @@ class EngineCore:
         """
         phases: dict[str, float] = {}
         path = resolve_model(config.model)
-        with _timed(phases, "import"):  # torch comes with them, and is most of it
-            from penstock.engine.memory import available_memory_bytes, plan_memory
-            from penstock.models.loader import read_config, read_generation_eos
-            from penstock.models.spec import ModelSpec
-
-        with _timed(phases, "plan"):
+        with _timed(phases, "plan"):  # without torch: what cannot be is told at once
             spec = ModelSpec.from_hf(read_config(path))
             config = config.resolve(
-                max_context_len=spec.max_context_len,
-                checkpoint_dtype=str(spec.dtype).removeprefix("torch."),
+                max_context_len=spec.max_context_len, checkpoint_dtype=spec.dtype
             )
             memory = plan_memory(spec, config, available_memory_bytes())
             eos_token_ids = read_generation_eos(path)
@@ -174,7 +171,7 @@ def _load(
     phases: dict[str, float],
 ) -> Runner:
     """Read the weights, allocate the KV store, run once; `config` is resolved."""
-    with _timed(phases, "load"):
+    with _timed(phases, "import"):
         import torch
 
         from penstock.attention.kv_store import KVStore
@@ -182,6 +179,7 @@ def _load(
         from penstock.engine.runner import Runner
         from penstock.models.loader import load_model
 
+    with _timed(phases, "load"):
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         dtype = getattr(torch, config.dtype)

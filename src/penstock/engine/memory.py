@@ -12,12 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from penstock.engine.config import EngineConfig
 from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
-from penstock.models.spec import ModelSpec
+from penstock.models.spec import ITEM_BYTES, ModelSpec
 
 RUNTIME_BYTES = 400 * 2**20  # Python, torch and its libraries, measured
 KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
@@ -57,16 +55,17 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     Raises:
         NotEnoughMemory: it does not fit; the hint names a setting with which it does.
     """
-    dtype = getattr(torch, config.dtype)
-    block_bytes = config.block_size * spec.kv_bytes_per_token(dtype)
-    weight_bytes = spec.weight_bytes(dtype)
-    workspace_bytes = _workspace_bytes(spec, config, dtype.itemsize)
+    item_bytes = ITEM_BYTES[config.dtype]
+    block_bytes = config.block_size * spec.kv_bytes_per_token(config.dtype)
+    weight_bytes = (spec.num_parameters + spec.num_copied) * item_bytes
+    workspace_bytes = _workspace_bytes(spec, config, item_bytes)
     left_bytes = available_bytes - RUNTIME_BYTES - weight_bytes - workspace_bytes
     num_blocks = _num_blocks(config, block_bytes, left_bytes)
     total_bytes = RUNTIME_BYTES + weight_bytes + workspace_bytes + num_blocks * block_bytes
+    copied = f" + {spec.num_copied:,} packed for the head" if spec.num_copied else ""
     lines = (
-        f"weights    {_size(weight_bytes)} = {spec.num_parameters:,} parameters "
-        f"x {dtype.itemsize} bytes ({config.dtype})",
+        f"weights    {_size(weight_bytes)} = {spec.num_parameters:,} parameters{copied} "
+        f"x {item_bytes} bytes ({config.dtype})",
         f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
         f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
         f"runtime    {_size(RUNTIME_BYTES)} for Python and torch",

@@ -1,6 +1,6 @@
 """From a directory to a model: config.json and safetensors files, and nothing else.
 
-Owns the reading of files. Never unpickles and never runs code from the directory.
+Owns the reading of weights. Never unpickles and never runs code from the directory.
 
 Invariant: headers are checked before any number is copied, and every missing, unexpected and
 misshapen weight is reported in one error.
@@ -8,7 +8,6 @@ misshapen weight is reported in one error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from penstock.errors import ModelLoadError, WeightMismatch
 from penstock.layers.weights import Materials, Weight
 from penstock.models.blocks import Decoder
+from penstock.models.files import read_config, read_json
 from penstock.models.registry import builder
 from penstock.models.spec import ModelSpec
 
@@ -27,37 +27,6 @@ LoadFormat = Literal["auto", "dummy"]
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}  # as safetensors names them
-
-
-def read_config(path: Path | str) -> dict[str, Any]:
-    """The model's config.json.
-
-    Raises:
-        ModelLoadError: there is no such file, or it is not a JSON object.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ModelLoadError(f"`{directory}` is not a directory with a model.")
-    config = _read_json(directory / "config.json")
-    if config is None:
-        raise ModelLoadError(f"`{directory}` has no `config.json`.")
-    return config
-
-
-def read_generation_eos(path: Path | str) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json and config.json, each once."""
-    ids: dict[int, None] = {}
-    for config in (_read_json(Path(path) / "generation_config.json") or {}, read_config(path)):
-        value = config.get("eos_token_id")
-        for token_id in value if isinstance(value, list) else [value]:
-            if type(token_id) is int and token_id >= 0:
-                ids[token_id] = None
-            elif token_id is not None:
-                raise ModelLoadError(
-                    f"`eos_token_id` is `{value!r}` in `{path}`; it must be a token id or a list "
-                    "of them."
-                )
-    return tuple(ids)
 
 
 def load_model(
@@ -92,24 +61,9 @@ def load_model(
     return model
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if there is no such file."""
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ModelLoadError(f"`{file}` cannot be read: {error}.") from error
-    except ValueError as error:
-        raise ModelLoadError(f"`{file}` is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"`{file}` does not hold a JSON object.")
-    return content
-
-
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model, by its index if it has one."""
-    index = _read_json(directory / _INDEX)
+    index = read_json(directory / _INDEX)
     if index is None:
         files = sorted(directory.glob("*.safetensors"))
         if len(files) == 1:

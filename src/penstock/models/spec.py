@@ -1,6 +1,7 @@
 """What a model is, read strictly from its config: shapes, constants and what they cost.
 
-Owns the reading of `config.json`. Knows no weights and no files.
+Owns the reading of `config.json`. Knows no weights and no files, and imports no torch: what a model
+needs is known before anything is loaded.
 
 Invariant: a value that would change the result and is not implemented is refused by name here,
 never ignored.
@@ -12,17 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
-from penstock.attention.kv_store import KVStore
 from penstock.errors import UnsupportedModel
-from penstock.layers.linear import packs
-from penstock.layers.rotary import LinearScaling, Llama3Scaling, RopeScaling
+from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling
 
 _T = TypeVar("_T")
 _REQUIRED: Any = object()
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # by dtype
 
 # Keys that change what a Llama computes. They may be absent, null or false, and nothing else.
 _REFUSED = (
@@ -60,7 +57,7 @@ class ModelSpec:
     attention_bias: bool
     mlp_bias: bool
     tied_embeddings: bool
-    dtype: torch.dtype  # what the checkpoint says its weights are
+    dtype: str  # what the checkpoint says its weights are: a key of ITEM_BYTES
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -114,16 +111,14 @@ class ModelSpec:
         tables = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
         return tables + self.num_layers * (attention + mlp + 2 * hidden) + hidden
 
-    def weight_bytes(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
-        """Bytes of the weights in memory; the head of a tied table may be a packed copy of it."""
-        num_parameters = self.num_parameters
-        if self.tied_embeddings and packs(dtype, device):
-            num_parameters += self.vocab_size * self.hidden_size
-        return num_parameters * dtype.itemsize
+    @property
+    def num_copied(self) -> int:
+        """Numbers of a tied table that its head holds once more, packed for the multiplication."""
+        return self.vocab_size * self.hidden_size if self.tied_embeddings else 0
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+    def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes that one token takes in the KV store."""
-        return KVStore.bytes_per_token(self.num_layers, self.num_kv_heads, self.head_dim, dtype)
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[dtype]
 
 
 class _Reader:
@@ -199,13 +194,13 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(names[0])
 
 
-def _dtype(read: _Reader) -> torch.dtype:
+def _dtype(read: _Reader) -> str:
     """`dtype` since transformers 5, `torch_dtype` before."""
     key = "dtype" if read.value(str, "dtype", "") else "torch_dtype"
     name = read.value(str, key, "float32")
-    if name not in _DTYPES:
-        raise read.error(key, f"one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in ITEM_BYTES:
+        raise read.error(key, f"one of {', '.join(ITEM_BYTES)}")
+    return name
 
 
 def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:

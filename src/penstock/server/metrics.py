@@ -85,7 +85,8 @@ class Metrics:
     """All metrics of one server."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a series more for each counter, and nobody reads it
+        # A series more for each counter, which nobody reads.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry(auto_describe=False)
 
         def histogram(name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
