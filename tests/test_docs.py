@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -59,3 +62,25 @@ def test_readme_tree_names_files() -> None:
         if line.strip():
             name = line.split()[0]
             assert (ROOT / name).exists(), name
+
+
+def test_readme_python_runs() -> None:
+    """The README's Python answers, exactly as it stands there."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    """Figures in the README are those of results/, options those of the code."""
+    command = [sys.executable, str(ROOT / "tools" / "docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

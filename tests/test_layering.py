@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "penstock"
 
 TIERS = [
-    {"errors", "types"},
+    {"errors", "types", "extras"},
     {"native", "kernels", "parallel", "protocol", "text", "storage", "builtin"},
     {"layers", "attention", "quantization"},
     {"models"},
@@ -25,6 +25,7 @@ TIER = {name: number for number, names in enumerate(TIERS) for name in names}
 # Arrows within a tier: (from, to). Everything else in one tier is a stranger.
 SAME_TIER = {
     ("types", "errors"),
+    ("extras", "errors"),
     ("layers", "quantization"),
     ("attention", "layers"),
     ("adapt", "measure"),

@@ -57,6 +57,19 @@ def test_closing_a_stream_frees_the_engine(llm: LLM) -> None:
     llm.core.scheduler.check()
 
 
+def test_two_iterators_at_once(llm: LLM) -> None:
+    """An answer that is being streamed, and others asked for meanwhile, are as if alone."""
+    story, question = chats(QUESTIONS)[3], chats(QUESTIONS)[0]
+    alone = [llm.chat(chat, GREEDY)[0].outputs[0].text for chat in (story, question)]
+    stream = llm.stream_chat(story, GREEDY)
+    first = next(stream)
+    assert llm.chat(question, GREEDY)[0].outputs[0].text == alone[1]
+    other = llm.stream_chat(story, GREEDY)
+    assert "".join([next(other), *other]) == alone[0]
+    assert first + "".join(stream) == alone[0]
+    assert not llm.core.has_work
+
+
 def test_n_answers_differ_and_are_reproducible(llm: LLM) -> None:
     params = SamplingParams(n=4, seed=7, temperature=1.5, max_tokens=16)
     first, second = (llm.chat(chats(QUESTIONS)[3], params)[0] for _ in range(2))

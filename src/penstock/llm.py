@@ -7,6 +7,7 @@ it step by step. Requests run in continuous batches; `run` hands answers out as 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -87,6 +88,7 @@ class LLM:
         self.template = ChatTemplate.for_tokenizer(self.tokenizer)
         self.core = EngineCore.from_config(self.config)
         self._ids = count()
+        self._live: dict[str, tuple[_Entry, int]] = {}  # by engine request id; which answer it is
 
     def generate(
         self,
@@ -130,7 +132,7 @@ class LLM:
     ) -> Iterator[str]:
         """The answer to one conversation, piece by piece. Closing the iterator aborts it."""
         job = self.prepare_chat(messages, params)
-        for _, delta in self._steps([job], window=1):
+        for _, delta in self._deltas([job], window=1):
             if delta.text:
                 yield delta.text
 
@@ -169,7 +171,7 @@ class LLM:
         Only so many jobs are taken ahead as keep the engine busy. A job that the engine refuses
         goes to `on_error`; without it the error is raised.
         """
-        for entry, _ in self._steps(jobs, window=4 * self.config.max_num_seqs, on_error=on_error):
+        for entry, _ in self._deltas(jobs, window=4 * self.config.max_num_seqs, on_error=on_error):
             if entry.output.finished:
                 yield entry.job, entry.output
 
@@ -178,7 +180,7 @@ class LLM:
         num_tokens = 0
         with _progress_bar(len(jobs), progress) as bar:
             # All are taken before the first step: a wrong one is told before anything is computed.
-            for entry, _ in self._steps(jobs, window=sys.maxsize):
+            for entry, _ in self._deltas(jobs, window=sys.maxsize):
                 if not entry.output.finished:
                     continue
                 done[id(entry.job)] = entry.output
@@ -187,54 +189,67 @@ class LLM:
                 bar.update()
         return [done[id(job)] for job in jobs]
 
-    def _steps(
+    def _deltas(
         self,
         jobs: Iterable[Job],
         window: int,
         on_error: Callable[[Job, RequestError], None] | None = None,
     ) -> Iterator[tuple[_Entry, TextDelta]]:
-        """Drive the engine; every text delta of every answer, with the entry that it went to."""
+        """Drive the engine; every text delta of every answer, with the entry that it went to.
+
+        Several such iterators may be open: whoever steps, steps for all.
+        """
         source = iter(jobs)
-        live: dict[str, tuple[_Entry, int]] = {}  # by engine request id; the int is the index
+        inbox: _Inbox = deque()
+        open_ids: set[str] = set()
         try:
             while True:
-                while len(live) < window and (job := next(source, None)) is not None:
+                while len(open_ids) < window and (job := next(source, None)) is not None:
                     try:
-                        live |= self._admit(job)
+                        open_ids |= self._admit(job, inbox)
                     except RequestError as error:
                         if on_error is None:
                             raise
                         on_error(job, error)
-                if not live:
+                if not open_ids:
                     return
-                for event in self.core.step():
-                    if event.request_id not in live:
-                        continue  # the rest of a step in which a stop string ended it
-                    entry, index = live[event.request_id]
-                    delta = entry.push(index, event)
+                while not inbox:
+                    self._step()
+                while inbox:
+                    request_id, entry, delta = inbox.popleft()
                     if delta.finish is not None:
-                        del live[event.request_id]
-                        if event.finish is None:
-                            self.core.abort(event.request_id)
+                        open_ids.remove(request_id)
                     yield entry, delta
         finally:
-            for request_id in live:
+            for request_id in open_ids & self._live.keys():
+                del self._live[request_id]
                 self.core.abort(request_id)
 
-    def _admit(self, job: Job) -> dict[str, tuple[_Entry, int]]:
-        request_id = str(next(self._ids))
-        entry = _Entry(self, job, request_id)
-        live: dict[str, tuple[_Entry, int]] = {}
-        for index in range(job.params.n):
-            sub_id = f"{request_id}-{index}"
-            try:
-                self.core.add(self._request(job, job.params.for_sample(index), sub_id))
-            except RequestError:
-                for added in live:
-                    self.core.abort(added)
-                raise
-            live[sub_id] = (entry, index)
-        return live
+    def _admit(self, job: Job, inbox: _Inbox) -> set[str]:
+        """Add a job's answers to the engine; their request ids."""
+        number = next(self._ids)
+        entry = _Entry(self, job, str(number), inbox)
+        samples = [job.params.for_sample(index) for index in range(job.params.n)]
+        requests = [
+            self._request(job, params, f"{number}-{index}") for index, params in enumerate(samples)
+        ]
+        for index, request in enumerate(requests):  # which differ in nothing that can be refused
+            self.core.add(request)
+            self._live[request.request_id] = (entry, index)
+        return {request.request_id for request in requests}
+
+    def _step(self) -> None:
+        """One step of the engine; its events become deltas in the inboxes they are for."""
+        for event in self.core.step():
+            if event.request_id not in self._live:
+                continue  # its last tokens, behind a stop string
+            entry, index = self._live[event.request_id]
+            delta = entry.push(index, event)
+            if delta.finish is not None:
+                del self._live[event.request_id]
+                if event.finish is None:
+                    self.core.abort(event.request_id)
+            entry.inbox.append((event.request_id, entry, delta))
 
     @staticmethod
     def _request(job: Job, params: SamplingParams, request_id: str) -> EngineRequest:
@@ -249,8 +264,9 @@ class LLM:
 class _Entry:
     """A job on its way: its output so far and the text stream of each answer."""
 
-    def __init__(self, llm: LLM, job: Job, request_id: str) -> None:
+    def __init__(self, llm: LLM, job: Job, request_id: str, inbox: _Inbox) -> None:
         self.job = job
+        self.inbox = inbox
         self.output = Output(request_id, job.prompt, job.token_ids)
         self.output.outputs = [Answer(index) for index in range(job.params.n)]
         before = () if job.is_chat else job.token_ids  # what the answer's text continues
@@ -262,10 +278,12 @@ class _Entry:
         delta = self._streams[index].push(event)
         answer = self.output.outputs[index]
         answer.text += delta.text
-        num_tokens = delta.usage.num_generated_tokens  # without those behind a stop string
-        answer.token_ids = [*answer.token_ids, *event.token_ids][:num_tokens]
+        # Tokens behind a stop string do not count.
+        num_new = delta.usage.num_generated_tokens - len(answer.token_ids)
+        answer.token_ids += event.token_ids[:num_new]
         if event.logprobs is not None:
-            answer.logprobs = [*(answer.logprobs or []), *event.logprobs][:num_tokens]
+            answer.logprobs = answer.logprobs or []
+            answer.logprobs += event.logprobs[:num_new]
         if event.prompt_logprobs is not None:
             self.output.prompt_logprobs = event.prompt_logprobs
         if index == 0:
@@ -274,6 +292,9 @@ class _Entry:
             answer.finish_reason = delta.finish.value
             answer.stop_reason = delta.stop_reason
         return delta
+
+
+_Inbox = deque[tuple[str, _Entry, TextDelta]]  # what an iterator has not handed out yet
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,15 +6,17 @@ marked "text", which is handled in front of it (`penstock.text`).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from penstock.errors import InvalidField
 
 MAX_SEED = 2**63 - 1
+MAX_INT = 2**31 - 1  # of token ids and counts: what the engine's arrays hold
 
 
 class FinishReason(StrEnum):
@@ -29,8 +31,10 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to choose the next token. Names and meanings are those of vLLM and the OpenAI API.
 
+    Where a tuple stands, any list will do, and for `stop` a single string.
+
     Raises:
-        InvalidField: a value is out of range; `.field` names it.
+        InvalidField: a value has the wrong type or is out of range; `.field` names it.
     """
 
     n: int = 1  # answers a prompt; fanned out in front of the core by `for_sample`
@@ -60,8 +64,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_int(self, "n", 1, 128)
         if self.max_tokens is not None:
-            _check_int(self, "max_tokens", 1, None)
-        _check_int(self, "min_tokens", 0, None)
+            _check_int(self, "max_tokens", 1, MAX_INT)
+        _check_int(self, "min_tokens", 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidField(
                 f"`min_tokens` is `{self.min_tokens}`, more than `max_tokens` = "
@@ -69,7 +73,7 @@ class SamplingParams:
                 field="min_tokens",
             )
         _check_float(self, "temperature", 0.0, 100.0)
-        _check_int(self, "top_k", 0, None)
+        _check_int(self, "top_k", 0, MAX_INT)
         _check_float(self, "top_p", 0.0, 1.0, open_low=True)
         _check_float(self, "min_p", 0.0, 1.0)
         _check_float(self, "typical_p", 0.0, 1.0, open_low=True)
@@ -82,8 +86,11 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _check_int(self, name, 0, 1000)
         _check_ids(self)
-        if any(not text for text in self.stop):
-            raise InvalidField("`stop` holds an empty string.", field="stop")
+        _check_logit_bias(self)
+        _check_stop(self)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _reject(self, name, "true or false")
 
     @property
     def greedy(self) -> bool:
@@ -91,11 +98,21 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     def for_sample(self, index: int) -> SamplingParams:
-        """The parameters of answer `index` of `n`: one answer, its own seed."""
+        """The parameters of answer `index` of `n`: one answer with a seed of its own.
+
+        What is asked of the prompt is told with answer 0 only.
+        """
         if self.n == 1:
             return self
-        seed = None if self.seed is None else (self.seed + index) % MAX_SEED
-        return replace(self, n=1, seed=seed)
+        seed = self.seed
+        if seed is not None and index:
+            seed = (seed + index + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1
+        sample = copy.copy(self)  # not `replace`: what is valid need not be checked n times more
+        object.__setattr__(sample, "n", 1)
+        object.__setattr__(sample, "seed", seed)
+        if index:
+            object.__setattr__(sample, "prompt_logprobs", None)
+        return sample
 
 
 def _reject(params: SamplingParams, name: str, wanted: str) -> InvalidField:
@@ -104,13 +121,10 @@ def _reject(params: SamplingParams, name: str, wanted: str) -> InvalidField:
     )
 
 
-def _check_int(params: SamplingParams, name: str, low: int, high: int | None) -> None:
+def _check_int(params: SamplingParams, name: str, low: int, high: int) -> None:
     value = getattr(params, name)
-    wanted = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _reject(params, name, wanted)
-    if value < low or (high is not None and value > high):
-        raise _reject(params, name, wanted)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _reject(params, name, f"an integer in [{low}, {high}]")
 
 
 def _check_float(
@@ -124,16 +138,42 @@ def _check_float(
         raise _reject(params, name, wanted)
 
 
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
+
+
 def _check_ids(params: SamplingParams) -> None:
-    for name in ("allowed_token_ids", "banned_token_ids", "stop_token_ids", "logit_bias"):
-        for token_id in getattr(params, name) or ():
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise _reject(params, name, "token ids, integers of at least 0")
-    if params.allowed_token_ids is not None and not params.allowed_token_ids:
+    for name in ("allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+        token_ids = getattr(params, name)
+        if token_ids is None and name == "allowed_token_ids":
+            continue
+        if not isinstance(token_ids, (list, tuple)) or not all(map(_is_id, token_ids)):
+            raise _reject(params, name, "a list of token ids")
+        object.__setattr__(params, name, tuple(token_ids))
+    if params.allowed_token_ids == ():
         raise _reject(params, "allowed_token_ids", "at least one token id")
-    for bias in (params.logit_bias or {}).values():
-        if not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
-            raise _reject(params, "logit_bias", "numbers in [-100, 100]")
+
+
+def _check_logit_bias(params: SamplingParams) -> None:
+    if params.logit_bias is None:
+        return
+    wanted = "a map from token ids to numbers in [-100, 100]"
+    if not isinstance(params.logit_bias, Mapping):
+        raise _reject(params, "logit_bias", wanted)
+    for token_id, bias in params.logit_bias.items():
+        if not _is_id(token_id) or isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise _reject(params, "logit_bias", wanted)
+        if not -100 <= bias <= 100:
+            raise _reject(params, "logit_bias", wanted)
+
+
+def _check_stop(params: SamplingParams) -> None:
+    stop = (params.stop,) if isinstance(params.stop, str) else params.stop
+    if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
+        raise _reject(params, "stop", "a string or a list of strings")
+    if "" in stop:
+        raise InvalidField("`stop` holds an empty string.", field="stop")
+    object.__setattr__(params, "stop", tuple(stop))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

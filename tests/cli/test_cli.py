@@ -6,13 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from click.testing import CliRunner
 
+from penstock.cli.lines import id_of, job_of
 from penstock.cli.main import COMMANDS, LazyGroup, cli
 from penstock.cli.options import Bytes
+from penstock.engine.config import EngineConfig
+from penstock.errors import InvalidField
+
+if TYPE_CHECKING:
+    from penstock.llm import LLM
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PENSTOCK_NUM_THREADS": "1"}
 
@@ -63,7 +73,7 @@ def test_generate_answers_good_lines_and_keeps_bad_ones(tmp_path: Path) -> None:
         {"prompt": "word " * 5000},
     ]
     text = "\n".join(json.dumps(line) for line in lines) + "\nnot json\n"
-    prompts.write_text(text)
+    prompts.write_text("\ufeff" + text)
     done = penstock("generate", str(prompts), "-o", str(answers), "--json")
     assert done.returncode == 1, done.stderr
     rows = {row["id"]: row for row in map(json.loads, answers.read_text().splitlines())}
@@ -79,6 +89,97 @@ def test_generate_answers_good_lines_and_keeps_bad_ones(tmp_path: Path) -> None:
     assert "not JSON" in errors[8]["message"]
     summary = json.loads(done.stderr.splitlines()[-1])
     assert (summary["num_prompts"], summary["num_errors"]) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ('{"prompt": "x", "stop": 5}', "stop"),
+        ('{"prompt": "x", "stop": [1]}', "stop"),
+        ('{"prompt": "x", "logit_bias": [1]}', "logit_bias"),
+        ('{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias"),
+        ('{"prompt": "x", "stop_token_ids": 5}', "stop_token_ids"),
+        ('{"prompt": "x", "ignore_eos": "no"}', "ignore_eos"),
+        ('{"prompt": 5}', "prompt"),
+        ('{"prompt_token_ids": "abc"}', "prompt_token_ids"),
+        ('{"prompt": "x", "tools": []}', "tools"),
+        ('{"prompt": "x", "priority": 1}', "priority"),
+        ('{"prompt": "x", "top_k": 99999999999999999999}', "top_k"),
+        ("[" * 100_000, "body"),
+        ("5", "body"),
+        ("{}", "prompt"),
+    ],
+)
+def test_a_wrong_line_names_its_field(line: str, field: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        job_of(line, cast("LLM", SimpleNamespace(config=EngineConfig(model="m"))), {})
+    assert caught.value.field.partition("[")[0] == field
+
+
+def test_a_wrong_line_keeps_its_name() -> None:
+    assert id_of('{"id": "a", "oops": 1}') == "a"
+    assert id_of('{"id": "\\ud800"}') is None
+    assert [id_of(line) for line in ("[" * 100_000, "no", '{"id": []}', "[]")] == [None] * 4
+
+
+def test_files_that_cannot_be_used_are_told_before_loading(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"prompt": "caf\xe9"}')
+    done = penstock("generate", str(latin))
+    assert done.returncode == 1
+    assert "cannot be read as UTF-8" in done.stderr
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"prompt": "x"}')
+    done = penstock("generate", str(good), "-o", str(tmp_path / "no" / "where.jsonl"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: `--output")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    answer = b""
+
+    def do_GET(self) -> None:
+        self._send(b'{"data": [{"id": "m"}]}' if self.answer else b'{"data": []}')
+
+    def do_POST(self) -> None:
+        self._send(self.answer)
+
+    def _send(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b'data: {"choices": [{"delta": {"content": "par"}}]}\n\n', "broke off"),
+        (b"data: {oops\n\n", "no chunk of an answer"),
+        (b'data: {"error": {"message": "the engine died"}}\n\n', "the engine died"),
+        (b"", "does not list its models"),
+    ],
+)
+def test_a_server_that_answers_wrongly_is_told(answer: bytes, told: str) -> None:
+    handler = type("Handler", (_Handler,), {"answer": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = penstock("chat", "Hello!", "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m penstock.cli.main doctor --json | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
 
 
 def test_chat_answers_one_question() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from penstock.errors import ConfigError, EngineError
+from penstock.errors import ConfigError, EngineError, PenstockError
+from penstock.protocol.sse import DONE_DATA, Decoder
 from penstock.types import SamplingParams
 
 Message = dict[str, Any]
@@ -44,14 +45,18 @@ def command(
     seed: int | None,
 ) -> int:
     """Chat with a model; give a QUESTION for one answer."""
-    # Made first: a wrong value is told before a model is loaded.
+    # Made and read first: what is wrong is told before a model is loaded.
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    if question is None and not sys.stdin.isatty():
+        question = _stdin()
+    if as_json and question is None:
+        raise ConfigError("`--json` needs a question.", hint='penstock chat --json "Hello!"')
     partner = Remote(url, model, api_key) if url else Local(model or "brook")
     start: list[Message] = [{"role": "system", "content": system}] if system else []
-    if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read().strip()
     if question is not None:
-        _once(partner, [*start, {"role": "user", "content": question}], params, as_json)
+        # A terminal may pass bytes that are no UTF-8; no server would take them.
+        content = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        _once(partner, [*start, {"role": "user", "content": content}], params, as_json)
         return 0
     _converse(partner, start, params)
     return 0
@@ -78,6 +83,8 @@ class Remote:
 
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"`--url` is `{url}`; it must begin with http:// or https://.")
+        if api_key is not None and not api_key.isascii():
+            raise ConfigError("`--api-key` has characters that no header can carry.")
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
@@ -86,8 +93,13 @@ class Remote:
         self.name = model or self._first_model()
 
     def _first_model(self) -> str:
-        models = self._request("GET", "/v1/models").json()["data"]
-        return str(models[0]["id"])
+        try:
+            return str(self._request("GET", "/v1/models").json()["data"][0]["id"])
+        except (ValueError, LookupError, TypeError):
+            raise EngineError(
+                f"`{self._client.base_url}` does not list its models as the OpenAI protocol does.",
+                hint="is the URL right? Name the model with `--model`",
+            ) from None
 
     def _request(self, method: str, path: str) -> Any:
         import httpx
@@ -103,8 +115,6 @@ class Remote:
     def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
         import httpx
 
-        from penstock.protocol.sse import DONE_DATA, Decoder
-
         body: dict[str, Any] = {
             "model": self.name,
             "messages": messages,
@@ -119,21 +129,33 @@ class Remote:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.is_error:
                     raise EngineError(_error_text(response.status_code, response.read().decode()))
-                decoder = Decoder()
-                for piece in response.iter_bytes():
-                    for event in decoder.push(piece):
-                        if event.data != DONE_DATA:
-                            yield _delta(event.data)
+                yield from _pieces(response.iter_bytes())
         except httpx.HTTPError as error:
             raise _unreachable(self._client.base_url, error) from None
 
 
+def _pieces(stream: Iterator[bytes]) -> Iterator[str]:
+    """The texts of a streamed answer, which ends with [DONE]."""
+    decoder = Decoder()
+    for data in stream:
+        for event in decoder.push(data):
+            if event.data == DONE_DATA:
+                return
+            yield _delta(event.data)
+    raise EngineError("The server's answer broke off.")
+
+
 def _delta(data: str) -> str:
-    chunk = json.loads(data)
-    if "error" in chunk:
-        raise EngineError(str(chunk["error"].get("message", chunk["error"])))
-    choices = chunk.get("choices") or [{}]
-    return choices[0].get("delta", {}).get("content") or ""
+    try:
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise EngineError(str(chunk["error"].get("message", chunk["error"])))
+        choices = chunk.get("choices") or [{}]
+        return choices[0].get("delta", {}).get("content") or ""
+    except (ValueError, AttributeError, LookupError, TypeError):
+        raise EngineError(
+            f"The server sent what is no chunk of an answer: `{data[:80]}`."
+        ) from None
 
 
 def _unreachable(url: Any, error: Exception) -> EngineError:
@@ -178,8 +200,13 @@ def _converse(partner: Local | Remote, start: list[Message], params: SamplingPar
         elif line.startswith("/"):
             click.echo(HELP, err=True)
         elif line:
-            messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _say(partner, messages, params)})
+            question = {"role": "user", "content": line}
+            try:
+                answer = _say(partner, [*messages, question], params)
+            except PenstockError as error:  # the conversation goes on without this question
+                click.echo(f"error: {error}", err=True)
+                continue
+            messages += [question, {"role": "assistant", "content": answer}]
 
 
 def _say(partner: Local | Remote, messages: list[Message], params: SamplingParams) -> str:
@@ -195,6 +222,13 @@ def _say(partner: Local | Remote, messages: list[Message], params: SamplingParam
         click.echo(" [stopped]", nl=False, err=True)
     click.echo()
     return "".join(pieces)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The standard input is not UTF-8 text: {error}.") from None
 
 
 def _use_readline() -> None:

@@ -6,6 +6,7 @@ exit status 1; a wrong option is exit status 2; Ctrl-C is 130.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -13,14 +14,7 @@ import click
 
 import penstock
 from penstock.errors import PenstockError
-
-# What a command needs beyond the base install: missing module -> extra that brings it.
-EXTRAS = {
-    **dict.fromkeys(("torch", "numpy", "safetensors", "sentencepiece", "tokenizers"), "engine"),
-    **dict.fromkeys(("jinja2", "tqdm"), "engine"),
-    **dict.fromkeys(("httptools", "httpx", "prometheus_client"), "serve"),
-    **dict.fromkeys(("starlette", "uvicorn", "uvloop"), "serve"),
-}
+from penstock.extras import explain
 
 # name: one line for `penstock --help`. The module penstock.cli.<name> holds `command`.
 COMMANDS = {
@@ -62,27 +56,30 @@ def cli() -> None:
 def main() -> None:
     """Entry point: run a command and turn our errors into a sentence."""
     try:
-        status = cli.main(standalone_mode=False)
+        sys.exit(_run())
+    except BrokenPipeError:
+        # The reader of stdout has left; nothing is wrong, and nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _run() -> int:
+    try:
+        try:
+            status = cli.main(standalone_mode=False)
+        except ModuleNotFoundError as error:
+            raise explain(error) from None
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except PenstockError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        extra = EXTRAS[error.name]
-        click.echo(f"error: This needs `{error.name}`, which is not installed.", err=True)
-        click.echo(f"hint: pip install 'penstock[{extra}]'", err=True)
-        sys.exit(1)
+        return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of stdout has left; nothing is wrong
-        sys.exit(141)
-    sys.exit(status if isinstance(status, int) else 0)
+        return 130
+    sys.stdout.flush()  # a broken pipe is found here, not at exit
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Command-line options made from the fields of a settings dataclass, so that each is said once.
 
 A field becomes `--its-name` (or `metadata["flag"]`), may be set by `PENSTOCK_ITS_NAME`, and shows
-`metadata["help"]` and its default. Bytes take units: `512MiB`, `4GiB`.
+`metadata["help"]` and its default; one with `metadata["hidden"]` is not an option. Bytes take
+units: `512MiB`, `4GiB`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def options_of(
 
     def decorate(command: Command) -> Command:
         for field in reversed(dataclasses.fields(settings)):
-            if field.name not in skip:
+            if field.name not in skip and not field.metadata.get("hidden"):
                 command = _option(field, hints[field.name])(command)
         return command
 
@@ -70,9 +71,14 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
         multiple=many,
         default=default,
         show_default=default not in (None, (), ""),
-        envvar=f"PENSTOCK_{field.name.upper()}",
+        envvar=_envvar(field.name),
         help=field.metadata.get("help"),
     )
+
+
+def _envvar(name: str) -> str:
+    """The variable of an option. Kubernetes sets PENSTOCK_PORT for a Service named penstock."""
+    return f"PENSTOCK_{'HTTP_PORT' if name == 'port' else name.upper()}"
 
 
 def _click_type(field: dataclasses.Field[Any], inner: Any) -> Any:
