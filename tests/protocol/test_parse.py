@@ -27,7 +27,8 @@ from penstock.protocol.parse import MAX_DEPTH, decode_request, nested_deeper_tha
         ({"messages": [], "stop": [1]}, "stop[0]"),
         ({"messages": [], "stream_options": {"x": 1}}, "stream_options.x"),
         ({"messages": [], "x" * 1000: 1}, "x" * 64 + "..."),
-        ({"messages": [], "tools": []}, "tools"),
+        ({"messages": [], "tools": [{}]}, "tools"),
+        ({"messages": [], "parallel_tool_calls": 1}, "parallel_tool_calls"),
         ([], "body"),
     ],
 )
@@ -40,6 +41,14 @@ def test_errors_name_their_field(body: Any, field: str) -> None:
 def test_null_means_not_given() -> None:
     request = decode_request(CompletionRequest, b'{"prompt": "x", "n": null, "suffix": null}')
     assert request == CompletionRequest(prompt="x")
+
+
+def test_what_asks_for_nothing_passes() -> None:
+    for value in (b"null", b"false", b"[]", b"{}", b"1"):
+        decode_request(CompletionRequest, b'{"prompt": "x", "best_of": %s}' % value)
+    for value in (b"0", b"1.0", b"true", b'""', b"[0]", b"2"):
+        with pytest.raises(InvalidField, match="best_of"):
+            decode_request(CompletionRequest, b'{"prompt": "x", "best_of": %s}' % value)
 
 
 def depth_of(value: Any) -> int:
@@ -70,3 +79,11 @@ def test_a_long_flat_body_is_not_deep() -> None:
     body = json.dumps({"prompt": [[1, 2]] * 10_000}).encode()
     assert not nested_deeper_than(body, MAX_DEPTH)
     assert nested_deeper_than(b"[" * 10**6, MAX_DEPTH)
+
+
+def test_a_string_without_an_end_takes_linear_time() -> None:
+    """With a regex that tries again at every quote this takes hours."""
+    brackets = b"[" * (MAX_DEPTH + 1)
+    assert nested_deeper_than(brackets + b'"' + b'\\"' * 500_000, MAX_DEPTH)
+    assert not nested_deeper_than(b'"' + b'[\\"' * 500_000, MAX_DEPTH)
+    assert not nested_deeper_than(b'"' + b"[" * 50 + b"\\", MAX_DEPTH)

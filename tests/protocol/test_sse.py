@@ -44,7 +44,7 @@ def test_fields() -> None:
 
 
 def test_an_event_name() -> None:
-    assert sse.Decoder().push(sse.encode(b"{}", b"error")) == [sse.Event("{}", "error")]
+    assert sse.Decoder().push(b"event: error\ndata: {}\n\n") == [sse.Event("{}", "error")]
 
 
 def test_what_is_not_ended_is_not_given() -> None:

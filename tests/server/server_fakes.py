@@ -215,7 +215,13 @@ class Streamed(NamedTuple):
 class Harness:
     """The application in memory, and a client of it."""
 
-    def __init__(self, engine: FakeClient, settings: ServerSettings | None = None) -> None:
+    def __init__(
+        self,
+        engine: FakeClient,
+        settings: ServerSettings | None = None,
+        *,
+        honours_priority: bool = False,
+    ) -> None:
         self.engine = engine
         self.tokenizer = make_tokenizer()
         self.app = create_app(
@@ -224,6 +230,7 @@ class Harness:
             ChatTemplate.for_tokenizer(self.tokenizer),
             settings or ServerSettings(),
             "fake",
+            honours_priority=honours_priority,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://localhost"
@@ -283,6 +290,7 @@ class Site(NamedTuple):
     url: str
     port: int
     app: Any
+    connections: set[Any]  # uvicorn's protocols that are open
 
 
 @asynccontextmanager
@@ -305,7 +313,7 @@ async def run_site(engine: FakeClient, settings: ServerSettings) -> AsyncIterato
         await asyncio.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Site(engine, f"http://127.0.0.1:{port}", port, app)
+        yield Site(engine, f"http://127.0.0.1:{port}", port, app, server.server_state.connections)
     finally:
         server.should_exit = True
         await task

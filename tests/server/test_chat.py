@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
-from server_fakes import EOS, FakeClient, Harness, error_of, says, until
+from server_fakes import CONTEXT, EOS, VOCAB, FakeClient, Harness, error_of, says, until
+
+from penstock.types import EngineRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -299,11 +302,12 @@ async def test_top_k_of_minus_one_means_all(api: Harness) -> None:
     assert [request.params.top_k for request in api.engine.requests] == [0, 260]
 
 
-async def test_priority(make_api: object) -> None:
-    api = make_api(priority_requests=True)  # type: ignore[operator]
+async def test_priority() -> None:
+    api = Harness(FakeClient(), honours_priority=True)
     await api.chat(priority=-3)
     assert api.engine.requests[0].priority == -3
     assert error_of(await api.chat(priority=2**40))["param"] == "priority"
+    await api.close()
 
 
 async def test_priority_needs_its_policy(api: Harness) -> None:
@@ -369,3 +373,65 @@ async def test_lone_surrogates_do_no_harm(api: Harness) -> None:
     headers = {"content-type": "application/json"}
     response = await api.http.post(CHAT, content=body, headers=headers)
     assert response.status_code in (200, 400)
+
+
+async def test_messages_as_lm_evaluation_harness_sends_them(api: Harness) -> None:
+    for message in ({"role": "user", "content": "Hi", "type": "text"}, *HI):
+        assert (await api.post(CHAT, messages=[message])).status_code == 200
+    first, second = (request.prompt_token_ids for request in api.engine.requests)
+    assert first == second
+    response = await api.post(CHAT, messages=[HI[0] | {"type": "image"}])
+    assert error_of(response)["param"] == "messages[0].type"
+
+
+async def test_an_assistant_turn_of_the_official_client(api: Harness) -> None:
+    """`message.model_dump()` of an answer, sent back."""
+    turn: dict[str, object] = {
+        "role": "assistant",
+        "content": "a",
+        "refusal": None,
+        "annotations": [],
+    }
+    turn |= {"audio": None, "function_call": None, "tool_calls": []}
+    assert (await api.post(CHAT, messages=[*HI, turn, *HI])).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "banned_token_ids"])
+async def test_lists_of_token_ids(api: Harness, name: str) -> None:
+    """Each token once, and no list longer than the vocabulary."""
+    assert (await api.chat(**{name: [9, 8, 9, 257]})).status_code == 200
+    assert getattr(api.engine.requests[0].params, name) == (9, 8, 257)
+    for ids in ([1] * (VOCAB + 1), [VOCAB], [-1]):
+        assert error_of(await api.chat(**{name: ids}))["param"] == name
+    bias = {str(i): 1 for i in range(VOCAB + 1)}
+    assert error_of(await api.chat(logit_bias=bias))["param"] == "logit_bias"
+
+
+def _say(events: list[list[int]], request: EngineRequest) -> list[list[int]]:
+    return events
+
+
+async def test_log_probabilities_do_not_depend_on_how_events_were_merged(api: Harness) -> None:
+    """A stop string in the event that also holds the end token hides no token of the text."""
+    answers = []
+    for script in ([[97], [98], [99], [EOS]], [[97, 98, 99, EOS]], [[97, 98], [99, EOS]]):
+        api.engine.script = partial(_say, script)
+        (choice,) = (await api.chat(stop=["bc"], logprobs=True)).json()["choices"]
+        answers.append((choice["message"], choice["logprobs"]))
+    assert answers[0] == answers[1] == answers[2]
+    assert [token["token"] for token in answers[0][1]["content"]] == ["a", "b", "c"]
+
+
+async def test_a_text_that_cannot_fit_is_not_tokenized(api: Harness) -> None:
+    assert api.app.state.service.text_limit.max_bytes == CONTEXT * len("<|im_start|>")
+    for size in (20_000, 200_000):
+        for response in (await api.chat("x" * size), await api.complete("x" * size)):
+            assert error_of(response)["code"] == "context_length_exceeded"
+            assert f"`{size}` bytes" in error_of(response)["message"]
+    text = "<|im_start|>" * (CONTEXT - 10)
+    assert (await api.complete([text] * 4, max_tokens=1)).status_code == 200
+    # Counting is not generating.
+    response = await api.post("/tokenize", prompt="x" * 20_000)
+    assert response.json()["count"] == 20_001
+    response = await api.post("/tokenize", messages=[{"role": "user", "content": "x" * 20_000}])
+    assert response.json()["count"] > 20_000

@@ -92,6 +92,24 @@ async def test_echo(api: Harness) -> None:
     assert body["choices"][0]["text"] == "HiHel"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+async def test_offsets_of_an_echoed_text(api: Harness, skip: bool) -> None:
+    """They count in the text as it was given: its special tokens, without those put around it."""
+    body: dict[str, Any] = {"echo": True, "logprobs": 0, "max_tokens": 2}
+    body["skip_special_tokens"] = skip
+    (choice,) = (await api.complete("<|im_start|>Hi", **body)).json()["choices"]
+    assert choice["text"] == "<|im_start|>HiHe"
+    assert choice["logprobs"]["tokens"] == ["<s>", "<|im_start|>", "H", "i", "H", "e"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 12, 13, 14, 15]
+    (choice,) = (await api.complete("éa", add_special_tokens=False, **body)).json()["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 3]
+    # Of token ids the text is what is decoded.
+    (choice,) = (await api.complete([BOS, 258, *b"Hi"], **body)).json()["choices"]
+    wanted = [0, 0, 0, 1, 2, 3] if skip else [0, 3, 15, 16, 17, 18]
+    assert choice["logprobs"]["text_offset"] == wanted
+    assert choice["text"] == ("" if skip else "<s><|im_start|>") + "HiHe"
+
+
 async def test_no_answer_but_the_echo(api: Harness) -> None:
     """max_tokens of 0: the engine computes one token, which nobody sees."""
     body = (await api.complete("Hi", echo=True, max_tokens=0, logprobs=1)).json()

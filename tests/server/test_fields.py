@@ -91,6 +91,7 @@ HONOURED: dict[type[msgspec.Struct], dict[str, str]] = {
         "role": "test_chat.test_messages",
         "content": "test_chat.test_messages",
         "name": "test_chat.test_messages",
+        "type": "test_chat.test_messages_as_lm_evaluation_harness_sends_them",
     },
     ContentPart: {"type": "test_chat.test_messages", "text": "test_chat.test_messages"},
     StreamOptions: {
@@ -175,16 +176,25 @@ def test_every_parameter_of_the_official_client_is_known(
 
 @pytest.mark.parametrize(("cls", "name"), REFUSED)
 async def test_refused_fields(api: Harness, cls: type[msgspec.Struct], name: str) -> None:
-    """400 that names the field and says what to do; null is as good as nothing."""
+    """400 that names the field and says what to do, unless the value asks for nothing."""
     path, body, prefix = BODIES[cls]
-    values: list[Any] = [{"a": 1}, [], False, "x"]
+    refusal = unsupported_fields(cls)[name]
+    values: list[Any] = [{"a": 1}, [None], "x", 0, 7]
     for value in values:
         response = await api.http.post(path, json=body({name: value}))
         assert response.status_code == 400
         error = error_of(response)
         assert error["param"] == prefix + name
         assert "Hint: " in error["message"]
-    assert (await api.http.post(path, json=body({name: None}))).status_code == 200
+    for value in (None, False, [], {}, refusal.harmless):
+        assert (await api.http.post(path, json=body({name: value}))).status_code == 200
+
+
+def test_what_is_harmless_beside_nothing() -> None:
+    """Only values that say what is done anyway."""
+    refusals = {n: f for cls in TYPES for n, f in unsupported_fields(cls).items()}
+    harmless = {n: f.harmless for n, f in refusals.items() if f.harmless is not None}
+    assert harmless == {"parallel_tool_calls": True, "best_of": 1}
 
 
 @pytest.mark.parametrize("cls", TYPES)

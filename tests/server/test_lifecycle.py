@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
@@ -23,7 +24,10 @@ from server_fakes import (
     until,
 )
 
+from penstock.errors import InvalidField
+from penstock.server.calls import Call
 from penstock.server.settings import ServerSettings
+from penstock.server.stream import EventStream
 
 pytestmark = pytest.mark.anyio
 
@@ -121,6 +125,64 @@ async def test_an_engine_that_does_not_step(make_api: Make) -> None:
     await call
 
 
+async def test_a_stall_is_the_engines(make_api: Make) -> None:
+    """A client that reads slowly holds a call open while the engine has nothing to do."""
+    engine = FakeClient()
+    engine.hold_after = 1
+    api = make_api(engine, stall_timeout_s=0.01)
+    streamed = asyncio.create_task(api.stream_chat())
+    await until(lambda: engine.num_read == 1)
+    await asyncio.sleep(0.02)
+    assert (await api.http.get("/ready")).status_code == 200
+    engine.stats.num_running = 1  # now it has
+    engine.stats.last_step_s = time.monotonic() - 1
+    assert (await api.http.get("/ready")).json()["reason"] == "engine_stalled"
+    engine.stats.num_running, engine.stats.num_waiting = 0, 1
+    assert (await api.http.get("/ready")).json()["reason"] == "engine_stalled"
+    engine.go.set()
+    await streamed
+
+
+class _SlowTokenizer:
+    """Takes until `go` for a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.started, self.go = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        self.started.set()
+        assert self.go.wait(10)
+        return self._tokenizer.encode(*args, **kwargs)
+
+    decode = encode
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})]
+)
+async def test_calls_that_only_tokenize_are_watched(path: str, body: dict[str, Any]) -> None:
+    """They end with the deadline, and when their client leaves."""
+    api = Harness(FakeClient(), ServerSettings(request_timeout_s=0.05))
+    slow = _SlowTokenizer(api.tokenizer)
+    object.__setattr__(api.app.state.service, "tokenizer", slow)
+    response = await api.post(path, **body)
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
+    slow.go.set()
+    await api.close()
+    async with run_site(FakeClient(), ServerSettings()) as site:
+        slow = _SlowTokenizer(site.app.state.service.tokenizer)
+        object.__setattr__(site.app.state.service, "tokenizer", slow)
+        sock = await _send(site, body, path)
+        await until(slow.started.is_set)
+        sock.close()
+        await until(lambda: b'outcome="client_gone"' in site.app.state.service.metrics.render())
+        slow.go.set()
+
+
 async def test_a_deadline(make_api: Make) -> None:
     engine = FakeClient()
     engine.hold_after = 1
@@ -168,15 +230,15 @@ async def test_a_drain_that_takes_too_long(api: Harness) -> None:
     assert not api.engine.live
 
 
-async def _send(site: Site, body: dict[str, Any]) -> socket.socket:
+async def _send(site: Site, body: dict[str, Any], path: str = CHAT) -> socket.socket:
     """A request over a bare socket, whose end is ours to choose."""
     data = json.dumps(body).encode()
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(data)}\r\n\r\n"
     )
     sock = socket.create_connection(("127.0.0.1", site.port))
-    sock.sendall(head.encode() + data)
+    await asyncio.to_thread(sock.sendall, head.encode() + data)
     return sock
 
 
@@ -242,6 +304,58 @@ async def test_a_client_that_does_not_read() -> None:
         async with httpx.AsyncClient() as http:
             metrics = (await http.get(site.url + "/metrics")).text
         assert 'outcome="slow_reader"' in metrics
+
+
+async def test_an_answer_that_nobody_reads() -> None:
+    """Also one that is written whole is not kept for ever; who reads on gets it all."""
+    settings = ServerSettings(slow_reader_timeout_s=0.3)
+    async with run_site(FakeClient(), settings) as site:
+        body = {"tokens": [258] * 1_000_000}  # 12 MB
+        with await _send(site, body, "/detokenize"):
+            await until(lambda: any(_num_unwritten(c) for c in site.connections), 30)
+            await until(lambda: not site.connections, 30)
+        with await _send(site, body, "/detokenize") as sock:
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            num_received = 0
+            while num_received < 12_000_000:
+                data = await loop.sock_recv(sock, 2**20)
+                assert data
+                num_received += len(data)
+
+
+def _num_unwritten(connection: Any) -> int:
+    size: int = connection.transport.get_write_buffer_size()
+    return size
+
+
+class _Unread:
+    """Takes the head of an answer and one piece, then nothing more."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    async def __call__(self, message: Any) -> None:
+        if self.num_taken == 2:
+            await asyncio.Event().wait()
+        self.num_taken += 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), InvalidField("No.", field="n")])
+async def test_an_error_object_that_nobody_reads(
+    error: Exception,
+) -> None:
+    """The connection is cut; that it was is no error of ours."""
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        raise error
+
+    call, aborts = Call("r", "POST", CHAT), []
+    scope = {"extensions": {"penstock.abort": lambda: aborts.append(1)}}
+    stream = EventStream(pieces(), lambda: None, ServerSettings(slow_reader_timeout_s=0.01))
+    await stream.send_all(call, scope, _Unread())
+    assert (call.outcome, aborts) == ("slow_reader", [1])
 
 
 async def test_many_clients_at_once(site: Site, engine: FakeClient) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_fakes import FakeClient, Harness, Site, error_of, run_site
+from server_fakes import FakeClient, Harness, Site, error_of, run_site, until
 
 from penstock.errors import ConfigError
 from penstock.server.settings import ServerSettings
@@ -258,6 +259,130 @@ async def test_a_body_that_does_not_come() -> None:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
         head += b"content-type: application/json\r\ncontent-length: 10\r\n\r\n{"
         assert (await _talk(site, head)).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_body_that_stops_after_the_answer() -> None:
+    """An open route answers before the body is there; the connection does not wait for the rest."""
+    async with run_site(FakeClient(), ServerSettings(api_key=("k",))) as site:
+        for rest in (b"content-length: 1000\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n5\r\n"):
+            head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + rest
+            assert (await _talk(site, head)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_bytes_that_begin_no_request() -> None:
+    """They stop uvicorn's timer of idle connections; ours ends them."""
+    async with run_site(FakeClient(), ServerSettings(header_timeout_s=0.1)) as site:
+        health = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+        upgrade = b"connection: upgrade\r\nupgrade: h2c\r\n"
+        for first, then in ((health, b"\r\n"), (health + upgrade, health)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+            writer.write(first + b"\r\n")
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+            writer.write(then)
+            async with asyncio.timeout(4):  # uvicorn's own is 5 s
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+            writer.close()
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+CHUNKED += b"transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        (b"0\r\nx: 1\r\ny: 2\r\n", 400),
+        (b"0\r\n" + b"x" * 5000, 431),
+        (b"0\r\nx: " + b"y" * 5000, 431),
+        (b"1;x=" + b"y" * 5000, 431),
+    ],
+)
+async def test_what_follows_a_body_without_an_end(rest: bytes, status: int) -> None:
+    settings = ServerSettings(max_header_bytes=1000)
+    async with run_site(FakeClient(), settings) as site:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        for data in (CHUNKED, b"2\r\n{}\r\n", rest):
+            writer.write(data)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 %d " % status)
+        writer.close()
+
+
+async def test_a_long_body_is_no_framing(api: Harness) -> None:
+    """Only bytes without a body count."""
+    async with run_site(FakeClient(), ServerSettings(max_header_bytes=1000)) as site:
+        body = json.dumps({"prompt": "x" * 100}).encode() + b" " * 300_000
+        chunks = b"".join(
+            b"%x\r\n%s\r\n" % (len(body[i : i + 99]), body[i : i + 99])
+            for i in range(0, len(body), 99)
+        )
+        rest = b"0\r\n\r\n"
+        head = CHUNKED.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+        assert (await _talk(site, head + chunks + rest, wait_s=10)).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nx: " + b"y" * 20_000,
+        b"garbage\r\n\r\n",
+    ],
+)
+async def test_what_comes_in_the_middle_of_an_answer(more: bytes) -> None:
+    """The answer is whole and the last; and a client that leaves is noticed."""
+    engine = FakeClient()
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with run_site(engine, ServerSettings()) as site:
+        for leaves in (False, True):
+            engine.hold_after = 2
+            engine.go.clear()
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+            writer.write(head + body)
+            received = await reader.readuntil(b'"content":"H"')
+            for _ in range(3):
+                writer.write(more)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+            assert len(engine.live) == 1
+            if leaves:
+                writer.close()
+                await until(lambda: not engine.live)
+                continue
+            engine.go.set()
+            async with asyncio.timeout(5):
+                received += await reader.read()
+            assert received.count(b"HTTP/1.1 ") == 1
+            assert b"[DONE]\n\n\r\n0\r\n\r\n" in received
+            writer.close()
+
+
+async def test_all_bodies_together(make_api: Make) -> None:
+    """A budget over the bodies of the open requests; one alone always passes."""
+    engine = FakeClient()
+    engine.hold_after = 0
+    api = make_api(engine, max_bodies_bytes=1000)
+    first = asyncio.create_task(api.complete("x" * 100, user="y" * 1500))
+    await until(lambda: len(engine.requests) == 1)
+    response = await api.complete("x")
+    assert (response.status_code, error_of(response)["code"]) == (429, "too_many_bodies")
+    assert "retry-after" in response.headers
+    engine.go.set()
+    assert (await first).status_code == 200
+    assert (await api.complete("x" * 100, user="y" * 1500)).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["request_timeout_s", "body_timeout_s", "drain_timeout_s"])
+def test_times_are_finite_numbers(name: str) -> None:
+    for value in (math.nan, math.inf, -1.0):
+        settings: dict[str, Any] = {name: value}
+        with pytest.raises(ConfigError, match=name):
+            ServerSettings(**settings)
 
 
 async def test_too_many_connections() -> None:

@@ -21,7 +21,7 @@ from server_fakes import decode_stream
 
 from penstock.engine.config import EngineConfig
 from penstock.errors import ConfigError
-from penstock.server.run import serve
+from penstock.server.run import default_model_name, serve
 from penstock.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -176,6 +176,17 @@ def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=str(port)):
             serve(EngineConfig(model=str(tmp_path)), ServerSettings(port=port))
+
+
+def test_the_models_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "trout"
+    model.mkdir()
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    for name in (".", str(model), f"{model}/", "../trout", "../link"):
+        assert default_model_name(EngineConfig(model=name)) == "trout"
+    with pytest.raises(ConfigError):
+        default_model_name(EngineConfig(model="nothing"))
 
 
 def test_the_server_needs_no_torch() -> None:

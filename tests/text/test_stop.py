@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.text.stop import StopMatch, StopStrings
+from penstock.text.stop import StopMatch, StopStrings, stop_strings
 
 letters = st.text("ab", max_size=12)
 stops = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
@@ -47,3 +50,13 @@ def test_holds_the_longest_beginning_of_a_stop_string(stop: tuple[str, ...], tex
         n for n in range(len(text) + 1) if any(s.startswith(text[len(text) - n :]) for s in stop)
     ]
     assert automaton.num_held(state) == max(begins)
+
+
+def test_automata_are_shared_and_not_kept() -> None:
+    stop = ("one", "two" * 1000)
+    automaton = stop_strings(stop)
+    assert stop_strings(tuple(stop)) is automaton
+    reference = weakref.ref(automaton)
+    del automaton
+    gc.collect()
+    assert reference() is None

@@ -101,7 +101,7 @@ def test_usage_leaves_out_what_came_after_the_stop_string(tiny: Tokenizer) -> No
 
 def test_the_token_that_ended_it_is_hidden(tiny: Tokenizer) -> None:
     ids = tiny.encode("hello b")
-    (last, end) = ids[-1], tiny.eos_id or 0
+    (last, end) = ids[-1], tiny.token_id("<|end|>") or 0
     plain = SamplingParams()
     by_id = SamplingParams(stop_token_ids=(last,), logprobs=0)
     shown = SamplingParams(stop_token_ids=(last,), include_stop_str_in_output=True)
@@ -135,7 +135,7 @@ def test_the_end_lets_go_of_what_was_held(tiny: Tokenizer) -> None:
 
 
 def test_entries_of_tokens(tiny: Tokenizer) -> None:
-    end = tiny.eos_id or 0
+    end = tiny.token_id("<|end|>") or 0
     pieces = [tiny.token_id(p) or 0 for p in ("h", "i", "Ã", "©")]  # the last two make é
     stream = TextStream(tiny, SamplingParams(logprobs=2), offset=10)
     (delta,) = run(stream, events([*pieces, end, pieces[0]], []))

@@ -14,6 +14,8 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from penstock.errors import InvalidField, ModelLoadError
+from penstock.text.filters import GLOBALS
+from penstock.text.meter import METER, Meter, TemplateLimitError
 from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -221,6 +223,90 @@ def test_hostile_templates_end(source: str) -> None:
         ChatTemplate(source, max_chars=100_000, max_s=0.2).render([USER])
 
 
+NEST = GROW.replace("x='ab'", "x=()") + "{{ 'nested' }}{% set d = {n.x: 1} %}"
+LIMITED = {
+    "nested deeper than 100": [
+        NEST.replace("{}", "{% set n.x = (n.x,) %}"),
+        NEST.replace("{}", "{% set n.x = {1: n.x} %}"),
+        NEST.replace("{}", "{% set n.x = [n.x] + [] %}"),
+        NEST.replace("{}", "{% macro f() %}{% set n.x = varargs %}{% endmacro %}{{ f(n.x) }}"),
+        NEST.replace("{}", "{% macro f() %}{% set n.x = kwargs %}{% endmacro %}{{ f(a=n.x) }}"),
+        NEST.replace("{}", "{% set n.x = cycler(n.x).items %}"),
+    ],
+    "more than 400000 characters": [
+        "{{ ('ab' * 80000) | batch(1) | list | length }}",
+        "{{ range(90000) | map('string') | map('list') | first }}",
+    ],
+    "more than 4096 bits": [
+        "{{ ('f' * 9999) | int(0, 16) }}",
+        "{{ ('%(a)x' * 30) % {'a': ('f' * 9999) | int(0, 16)} }}",
+    ],
+    "cannot be part of a value": [
+        "{{ '%s' % cycler(1) }}",
+        "{{ raise_exception('%s' % cycler(1)) }}",
+        "{{ raise_exception('{}'.format(joiner())) }}",
+        "{{ '%(a)s' % {'a': namespace()} }}",
+        "{{ '%s' | format(range) }}",
+        "{{ '{0}'.format(namespace(x='a' * 9999)) }}",
+        "{{ '{0.upper}'.format('a') }}",
+        "{{ '{0[a].get}'.format({'a': {}}) }}",
+        "{{ '%s' % ([1] | select) }}",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "source"), [(reason, s) for reason, sources in LIMITED.items() for s in sources]
+)
+def test_the_reason_of_a_refusal(reason: str, source: str) -> None:
+    """The nested values would end the process: Python hashes and frees them by recursion in C."""
+    template = ChatTemplate(source, max_chars=400_000 if "400000" in reason else 4_000_000)
+    with pytest.raises(InvalidField, match=reason) as caught:
+        template.render([USER])
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["select", "reject('none')", "map('string')", "batch(1)"])
+def test_lazy_filters_pay_at_once(name: str) -> None:
+    """In a chain of generators one step would do, and pay, what all of them put off."""
+    source = "{% set n = namespace(x='a' * 30000) %}{% for i in range(60) %}"
+    source += f"{{% set n.x = n.x | {name} %}}{{% endfor %}}"
+    with pytest.raises(InvalidField, match="00000 characters"):
+        ChatTemplate(source, max_chars=100_000, max_s=600).render([])
+
+
+def test_a_dict_pays_for_each_key() -> None:
+    """Keys with equal hashes make its time quadratic."""
+    token = METER.set(Meter(1, 600))  # 16 operations
+    try:
+        assert (
+            GLOBALS["dict"]({"a": 1}, b=2) == GLOBALS["dict"]([("a", 1)], b=2) == {"a": 1, "b": 2}
+        )
+        with pytest.raises(TemplateLimitError):
+            GLOBALS["dict"]([(i * (2**61 - 1), i) for i in range(20)])
+    finally:
+        METER.reset(token)
+
+
+def test_lazy_filters_give_what_can_be_read_once() -> None:
+    source = "{% set x = ['b', 'a', 'b'] | unique %}{{ x | list }}{{ x | list }}{{ x is sequence }}"
+    assert ChatTemplate(source).render([]) == "['b', 'a'][]False"
+
+
+def test_a_call_in_a_loop_takes_any_loop_variable() -> None:
+    source = "{% macro f(n) %}{{ n.x }}{% endmacro %}{% for i in [1, 2] %}"
+    source += "{% set n = namespace(x=i) %}{% set l = loop %}{{ f(n) }}{% endfor %}"
+    assert ChatTemplate(source).render([]) == "12"
+
+
+def test_an_attribute_of_a_namespace_is_checked_however_it_is_set() -> None:
+    for source in ("{{ namespace({'_x': 2})._x }}", "{{ namespace(__html__=2) }}"):
+        with pytest.raises(InvalidField, match="cannot have an attribute"):
+            ChatTemplate(source).render([])
+    source = "{% set n = namespace({'x': 1}, self=2) %}{{ n.x }}{{ n.self }}"
+    assert ChatTemplate(source).render([]) == "12"
+
+
 @pytest.mark.parametrize("source", ESCAPES)
 def test_no_way_out_of_the_sandbox(source: str) -> None:
     messages = [dict(USER)]
@@ -313,6 +399,42 @@ def test_messages_cannot_write_special_tokens(tiny: Tokenizer, contents, role: s
     special = [i for i in ids if i in tiny.special_ids]
     assert special == [user, end] * len(contents) + [assistant]
     assert tiny.decode(ids, skip_special_tokens=False) == template.render(messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("<{{ m.name }}>", "s"),
+        ("<{{ m.name }}", "s>"),
+        ("{{ m.name }}s>", "<"),
+        ("{{ m.name | trim }}>", "x <s \n"),
+        ("<{{ m.name | trim }}", " s>"),
+        ("<{{ m.name }}>", " s"),
+        ("{{ '<' + m.name + '>' }}", "s"),
+        ("<|{{ m.role }}", "user|>"),
+    ],
+)
+def test_messages_cannot_complete_special_tokens(tiny: Tokenizer, source: str, name: str) -> None:
+    template = ChatTemplate("{% set m = messages[0] %}" + source)
+    message = {"role": name, "name": name}
+    ids = template.encode(tiny, [message])
+    assert tiny.special_ids.isdisjoint(ids)
+    assert tiny.decode(ids, skip_special_tokens=False) == template.render([message])
+
+
+def test_templates_compare_labels_and_write_tokens_around_them(tiny: Tokenizer) -> None:
+    source = "{% if role == 'user' %}<|{{ role }}|>{{ content[0].end }}{% endif %}{{ mood == 's' }}"
+    template = ChatTemplate(f"{{% set role, content = messages[0].values() %}}{source}")
+    message = {"role": "user", "content": [{"type": "s", "end": "hi"}]}
+    expected = tiny.encode("<|user|>hiTrue")
+    assert template.encode(tiny, [message], mood="s") == expected
+    assert expected[0] in tiny.special_ids
+
+
+def test_messages_are_printed_without_a_trace_of_the_guard(tiny: Tokenizer) -> None:
+    template = ChatTemplate("{{ messages }}{{ messages | tojson }}{{ messages[0].a.strip() }}")
+    messages = [{"a": " <s> ", "b": "user", "c": " <\n"}]
+    assert tiny.decode(template.encode(tiny, messages)) == template.render(messages)
 
 
 def test_harmless_messages_are_encoded_as_rendered(loaded) -> None:

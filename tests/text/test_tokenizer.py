@@ -7,17 +7,20 @@ import sys
 import unicodedata
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from penstock.errors import ModelLoadError, UnsupportedModel
 from penstock.text.tokenizer import Tokenizer, load_tokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+SENTINEL = "\U000e01ef"
 id_lists = st.lists(st.integers(0, 2**32), max_size=30)
 TEXTS = [
     "",
@@ -32,6 +35,10 @@ TEXTS = [
 @cache
 def library(path: Path) -> Library:
     return Library.from_file(str(path / "tokenizer.json"))
+
+
+def raw_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return b"".join(map(tokenizer.token_bytes, ids)).decode()
 
 
 @cache
@@ -74,7 +81,7 @@ def test_spaced_gives_every_text_back(spaced, text: str) -> None:
     ids = spaced.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
     assert spaced.tokenizer.decode(ids) == text
     lead = " " if ids else ""
-    assert spaced.tokenizer.decode(ids, continues=True) == lead + text
+    assert raw_text(spaced.tokenizer, ids) == lead + text
 
 
 @given(text=texts)
@@ -122,19 +129,66 @@ def test_guarded_text_is_mere_text(loaded, text: str) -> None:
     rendered = special + "".join(map(tokenizer.guard, halves)) + special
     ids = tokenizer.encode_guarded(rendered)
     assert [i for i in ids if i in tokenizer.special_ids] == [max(tokenizer.special_ids)] * 2
-    inner = tokenizer.decode(ids[1:-1], continues=True)
-    assert inner.removeprefix(" ") == "".join(halves)
+    assert raw_text(tokenizer, ids[1:-1]).removeprefix(" ") == "".join(halves)
 
 
 @given(text=texts)
 def test_guard_leaves_other_text_alone(loaded, text: str) -> None:
     tokenizer = loaded.tokenizer
-    text = text.replace("\ufdd0", "")
-    firsts = {tokenizer.token_text(i)[0] for i in tokenizer.special_ids}
-    if firsts.isdisjoint(text):
+    text = text.replace(SENTINEL, "")
+    specials = {tokenizer.token_text(i) for i in tokenizer.special_ids}
+    if set("".join(specials)).isdisjoint(text):
         assert tokenizer.guard(text) == text
-    assert tokenizer.guard("\ufdd0 a") == "\ufffd a"
+    assert tokenizer.guard(f"{SENTINEL} Q") == "\ufffd Q"
     assert tokenizer.encode_guarded(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def make_letters(path: Path, token: AddedToken, **parts: Any) -> Tokenizer:
+    """A tokenizer whose tokens are letters and one special token."""
+    letters = "▁ \n<|>ABMSEN_abdeimns＜＞｜"
+    library = Library(models.BPE({char: i for i, char in enumerate(letters)}, []))
+    library.decoder = decoders.Metaspace(prepend_scheme="first")
+    for name, part in parts.items():
+        setattr(library, name, part)
+    library.add_special_tokens([token])
+    library.save(str(path / "tokenizer.json"))
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [(normalizers.NFKC(), "＜|im_end|＞"), (normalizers.Lowercase(), "<|IM_END|>")],
+)
+def test_a_normalizer_makes_no_special_token(
+    tmp_path: Path, normalizer: normalizers.Normalizer, text: str, normalized: bool
+) -> None:
+    token = AddedToken("<|im_end|>", special=True, normalized=normalized)
+    tokenizer = make_letters(tmp_path, token, normalizer=normalizer)
+    (special,) = tokenizer.special_ids
+    for written in (text, text + "<", "<|im_end|>"):
+        plain = tokenizer.encode(written, add_special_tokens=False, parse_special=False)
+        assert plain
+        assert special not in plain
+        rendered = f"a<|im_end|>{tokenizer.guard(written)}<|im_end|>"
+        ids = tokenizer.encode_guarded(rendered)
+        assert [i for i, token_id in enumerate(ids) if token_id == special] == [1, len(ids) - 1]
+
+
+@pytest.mark.parametrize("text", ["ab", "ab<", "<s", "s>", "s", " <s> ", "a <s>"])
+@pytest.mark.parametrize("strip", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
+def test_a_guard_changes_no_other_token(tmp_path: Path, strip: dict[str, bool], text: str) -> None:
+    """What a token begins, or swallows around it, is as in a text without a guard."""
+    first = pre_tokenizers.Metaspace(prepend_scheme="first")
+    token = AddedToken("<s>", special=True, **{"normalized": False, **strip})
+    tokenizer = make_letters(tmp_path, token, pre_tokenizer=first)
+    (special,) = tokenizer.special_ids
+    ids = tokenizer.encode_guarded(f"a \n<s>\n {tokenizer.guard(text)} <s>\n")
+    neutral = f"a \n<s>\n {text.replace('s', 'b')} <s>\n"
+    same = {tokenizer.token_id("s"): tokenizer.token_id("b")}
+    assert ids.count(special) == 2
+    expected = tokenizer.encode(neutral, add_special_tokens=False)
+    assert [same.get(i, i) for i in ids] == expected
 
 
 def test_surrogates_are_no_error(loaded) -> None:
@@ -144,7 +198,7 @@ def test_surrogates_are_no_error(loaded) -> None:
 
 
 def test_names_of_special_tokens(tiny: Tokenizer, tiny_llama: Tokenizer) -> None:
-    assert (tiny.bos_id, tiny.eos_id, tiny.pad_id) == (3, 0, None)
+    assert tiny.bos_id == 3
     assert tiny.special_tokens == {"bos_token": "<s>", "eos_token": "<|end|>"}
     assert tiny.special_ids == {0, 1, 2, 3}
     assert tiny.chat_templates == {"default": "{{ 1 }}"}
@@ -164,7 +218,9 @@ def test_sentencepiece_reads_its_configuration(spaced) -> None:
     assert tokenizer.special_ids == {0, 1, 2, 420}
     assert tokenizer.encode("<|user|><think>", add_special_tokens=False) == [420, 421]
     assert tokenizer.encode("<think>", add_special_tokens=False, parse_special=False) == [421]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
+    assert tokenizer.bos_id == 1
+    assert tokenizer.special_tokens["eos_token"] == "</s>"
+    assert "pad_token" not in tokenizer.special_tokens
     assert tokenizer.decode([1, 420, 421]) == "<think>"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
+from shutil import which
 from typing import Any
 
 import click
@@ -15,7 +18,7 @@ from penstock.types import EngineInfo
 
 CURL = """  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'"""
-CHAT = "  penstock chat --url {url}"
+CHAT = "  {penstock} chat --url {url}"
 QUESTION = "What is 17 + 25?"
 
 
@@ -28,20 +31,25 @@ def command(model: str, as_json: bool, **options: Any) -> int:
     """Serve MODEL, a directory in Hugging Face layout or a built-in name, over HTTP."""
     config = build(EngineConfig, options, model=model)
     settings = build(ServerSettings, options)
-    from penstock.server.run import serve
+    from penstock.server.run import default_model_name, serve
+
+    names = settings.served_model_name or (default_model_name(config),)
 
     def banner(url: str, info: EngineInfo) -> None:
         if as_json:
             click.echo(json.dumps({"url": url} | dataclasses.asdict(info)))
         else:
-            click.echo(_banner(url, info, settings))
+            click.echo(_banner(url, info, names[0], needs_key=bool(settings.keys())))
 
     return serve(config, settings, banner=banner)
 
 
-def _banner(url: str, info: EngineInfo, settings: ServerSettings) -> str:
-    name = (settings.served_model_name or (info.model.rstrip("/").rsplit("/")[-1],))[0]
-    key = ' -H "authorization: Bearer $PENSTOCK_API_KEY"' if settings.keys() else ""
+def _relative(program: str) -> str:
+    return os.path.relpath(program) if os.path.isabs(program) else program
+
+
+def _banner(url: str, info: EngineInfo, name: str, *, needs_key: bool) -> str:
+    key = ' -H "authorization: Bearer $PENSTOCK_API_KEY"' if needs_key else ""
     started_s = sum(info.startup_s.values())
     lines = [
         "",
@@ -51,7 +59,8 @@ def _banner(url: str, info: EngineInfo, settings: ServerSettings) -> str:
         "",
         CURL.format(url=url, model=name, key=key, question=QUESTION),
         "",
-        CHAT.format(url=url),
+        # As it was called, where it is not on the path (`make serve`).
+        CHAT.format(url=url, penstock="penstock" if which("penstock") else _relative(sys.argv[0])),
         "",
     ]
     return "\n".join(lines)

@@ -14,7 +14,8 @@ from msgspec import UNSET, UnsetType
 
 from penstock.protocol.parse import not_supported
 
-_NO_TOOLS = not_supported("tool calls are not served yet; describe the tools in a message")
+_TOOLS_REASON = "tool calls are not served yet; describe the tools in a message"
+_NO_TOOLS = not_supported(_TOOLS_REASON)
 _NO_MEDIA = not_supported("this server reads and writes text only")
 _NO_CACHE_KEY = not_supported(
     "equal prefixes are found without a key; use `cache_salt` to keep them apart"
@@ -86,6 +87,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, froz
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None  # for the template
+    type: Literal["text"] | None = None  # lm-evaluation-harness says it of every message
     refusal: Annotated[Any, not_supported("this server writes no refusals")] = None
     audio: Annotated[Any, _NO_MEDIA] = None
     tool_calls: Annotated[Any, _NO_TOOLS] = None
@@ -119,7 +121,7 @@ class ChatRequest(_SamplingRequest, forbid_unknown_fields=True, kw_only=True, fr
     chat_template_kwargs: dict[str, Any] | None = None
     # known and refused
     tools: Annotated[Any, _NO_TOOLS] = None
-    parallel_tool_calls: Annotated[Any, _NO_TOOLS] = None
+    parallel_tool_calls: Annotated[Any, not_supported(_TOOLS_REASON, harmless=True)] = None
     functions: Annotated[Any, _NO_TOOLS] = None
     function_call: Annotated[Any, _NO_TOOLS] = None
     audio: Annotated[Any, _NO_MEDIA] = None
@@ -150,7 +152,7 @@ class CompletionRequest(_SamplingRequest, forbid_unknown_fields=True, kw_only=Tr
     echo: bool | None = None
     logprobs: int | None = None
     suffix: Annotated[Any, not_supported("the model continues text, it fills no gaps")] = None
-    best_of: Annotated[Any, not_supported("ask for `n` answers and choose one")] = None
+    best_of: Annotated[Any, not_supported("ask for `n` answers and choose one", harmless=1)] = None
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """From the bytes of a request body to a typed value, or an `InvalidField` that names the field.
 
-Owns the three rules of reading: unknown fields are errors, fields that are known but not served
-are errors with their reason, and JSON is nested at most `MAX_DEPTH` deep.
+Owns the three rules of reading: unknown fields are errors; fields that are known but not served
+are errors with their reason, unless they ask for nothing; JSON is nested at most `MAX_DEPTH` deep.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -21,23 +21,33 @@ MAX_DEPTH = 32
 _AT = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*?)`", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*?)`")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+# Linear: nothing is tried twice, and a string without an end takes all the rest.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
-@cache
-def unsupported_fields(cls: type[msgspec.Struct]) -> dict[str, str]:
-    """The fields of a request that are known and refused: name to the reason.
+class Refusal(NamedTuple):
+    """Why a field is refused, and its value that asks for nothing beside those that never do."""
 
-    They are marked `Annotated[Any, Meta(extra={"unsupported": reason})]`.
-    """
-    reasons = {}
+    reason: str
+    harmless: object = None
+
+    def covers(self, value: object) -> bool:
+        """Whether a field with this value is refused."""
+        nothing: tuple[object, ...] = (None, False, [], {}, self.harmless)
+        return not any(type(value) is type(none) and value == none for none in nothing)
+
+
+@cache
+def unsupported_fields(cls: type[msgspec.Struct]) -> dict[str, Refusal]:
+    """The fields of a request that are known and refused, by name; see `not_supported`."""
+    refusals = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for mark in getattr(hint, "__metadata__", ()):
             if isinstance(mark, msgspec.Meta) and mark.extra and "unsupported" in mark.extra:
-                reasons[name] = str(mark.extra["unsupported"])
-    return reasons
+                refusals[name] = mark.extra["unsupported"]
+    return refusals
 
 
 @cache
@@ -68,10 +78,10 @@ def decode_request(cls: type[T], body: bytes) -> T:
 
 
 def _refuse_unsupported(value: msgspec.Struct, path: str) -> None:
-    for name, reason in unsupported_fields(type(value)).items():
-        if getattr(value, name) is not None:
+    for name, refusal in unsupported_fields(type(value)).items():
+        if refusal.covers(getattr(value, name)):
             field = _join(path, name)
-            raise InvalidField(f"`{field}` is not supported.", field=field, hint=reason)
+            raise InvalidField(f"`{field}` is not supported.", field=field, hint=refusal.reason)
     for name in _nested_fields(type(value)):
         inner = getattr(value, name)
         field = _join(path, name)
@@ -140,6 +150,9 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def not_supported(reason: str) -> Any:
-    """The mark of a field that is known and refused."""
-    return msgspec.Meta(extra={"unsupported": reason})
+def not_supported(reason: str, *, harmless: object = None) -> Any:
+    """The mark of a field that is known and refused: `Annotated[Any, not_supported(...)]`.
+
+    Values that ask for nothing pass: null, false, [], {}, and the one that is `harmless`.
+    """
+    return msgspec.Meta(extra={"unsupported": Refusal(reason, harmless)})

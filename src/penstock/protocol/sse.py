@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 DONE_DATA = "[DONE]"
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients skip it, proxies see that we live
 
 
-def encode(data: bytes, event: bytes | None = None) -> bytes:
+def encode(data: bytes) -> bytes:
     """One event. `data` holds no line break, as JSON from msgspec never does."""
-    if event is None:
-        return b"data: " + data + b"\n\n"
-    return b"event: " + event + b"\ndata: " + data + b"\n\n"
+    return b"data: " + data + b"\n\n"
 
 
 class Event(NamedTuple):

@@ -28,7 +28,7 @@ from penstock.server.gate import Gate
 from penstock.server.limits import BodyMiddleware, LimitsMiddleware, TextWorkers
 from penstock.server.metrics import EngineView, Metrics
 from penstock.server.routes import chat, completions, health, models, tokens
-from penstock.server.service import Service, call_of
+from penstock.server.service import Service, TextLimit, call_of
 from penstock.server.settings import ServerSettings
 from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import Tokenizer
@@ -40,12 +40,15 @@ def create_app(
     template: ChatTemplate | None,
     settings: ServerSettings,
     model_name: str,
+    *,
+    honours_priority: bool = False,
 ) -> Starlette:
     """An application that serves `client`, which must have been started.
 
     Args:
         template: None: the chat route refuses every request.
         model_name: what requests call the model, unless `settings.served_model_name` says more.
+        honours_priority: the engine's scheduling policy reads a request's `priority`.
 
     Raises:
         ConfigError: the settings name keys that cannot be read.
@@ -60,6 +63,8 @@ def create_app(
         settings=settings,
         model_names=settings.served_model_name or (model_name,),
         gate=gate,
+        text_limit=TextLimit(tokenizer, client.info.max_model_len),
+        honours_priority=honours_priority,
         workers=TextWorkers(settings.num_text_threads, settings.max_queue),
         metrics=metrics,
         version=__version__,

@@ -111,11 +111,20 @@ class Gate:
             return "draining"
         if self._client.dead is not None:
             return "engine_dead"
-        if self._open:
-            since = max(self._client.stats.last_step_s, min(call.started_s for call in self._open))
-            if time.monotonic() - since > self._settings.stall_timeout_s:
-                return "engine_stalled"
-        return None
+        stalled_s = time.monotonic() - self._due_since_s()
+        return "engine_stalled" if stalled_s > self._settings.stall_timeout_s else None
+
+    def _due_since_s(self) -> float:
+        """When the engine got the work that it has not done; now if it has none.
+
+        The engine tells of a request only with a step, so one that hangs in its first step is seen
+        by the calls that wait for a first token. A call that has had one may wait for its reader.
+        """
+        stats = self._client.stats
+        if stats.num_running + stats.num_waiting:
+            return stats.last_step_s
+        waiting = (call.started_s for call in self._open if call.first_token_s is None)
+        return max(stats.last_step_s, min(waiting, default=time.monotonic()))
 
     def begin_drain(self) -> None:
         """Let nothing in any more; what is open goes on."""

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from penstock.server.calls import Call
@@ -27,8 +27,10 @@ class Prompt:
     """One prompt of a request."""
 
     token_ids: list[int]
-    text: str | None = None  # as the user gave it; None if it came as token ids
+    text: str | None = None  # what `echo` shows; None: nothing
+    is_text: bool = False  # the user gave the text, not token ids
     offset: int = 0  # where the answer begins in the text that token offsets count
+    affixes: tuple[int, int] = (0, 0)  # tokens around those of `text`: before it, after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +118,8 @@ async def _run_answer(
     sample = index % job.params.n
     params = job.params.for_sample(sample)
     if sample:
-        # The first answer computes the prompt, once; the others find it in the prefix cache. Who
-        # asks for prompt_logprobs would not look there.
+        # The first answer computes the prompt, once; the others find it in the prefix cache.
         await state.computed.wait()
-        params = replace(params, prompt_logprobs=None)
     request = EngineRequest(
         request_id=f"{call.request_id}-{id(call):x}-{index}",
         prompt_token_ids=prompt.token_ids,
@@ -171,7 +171,7 @@ def _piece(
         delta.usage,
         None if delta.finish is None else delta.finish.value,
         delta.stop_reason,
-        event.stop_token_id is not None,
+        event.stop_token_id is not None and num_new == len(event.token_ids),
     )
 
 

@@ -72,22 +72,32 @@ def _without_port(host: str) -> str:
 class BodyMiddleware:
     """Reads the body of a request.
 
-    Raises (out of the application): HttpError 408, 413, 415; ClientGone.
+    Raises (out of the application): HttpError 408, 413, 415, 429; ClientGone.
     """
 
     def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
         self._app = app
         self._max_body_bytes = settings.max_body_bytes
+        self._max_bodies_bytes = settings.max_bodies_bytes
+        self._num_bytes = 0  # of all bodies that are held now
         self._timeout_s = settings.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["state"]["body"] = b""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        pieces: list[bytes] = []
+        scope["state"]["body"] = b""
+        try:
             if scope["method"] not in ("GET", "HEAD"):  # nothing reads the body of these
-                scope["state"]["body"] = await self._body(scope, receive)
-        await self._app(scope, receive, send)
+                await self._read(scope, receive, pieces)
+                scope["state"]["body"] = b"".join(pieces)
+            await self._app(scope, receive, send)
+        finally:
+            self._num_bytes -= sum(map(len, pieces))
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, pieces: list[bytes]) -> None:
+        """Append the body to `pieces`, which count in the budget of all bodies."""
         headers = dict(scope["headers"])
         self._check_type(scope["method"], headers)
         length = headers.get(b"content-length", b"0")
@@ -95,7 +105,7 @@ class BodyMiddleware:
             raise self._too_large()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._read(receive)
+                await self._receive(receive, pieces)
         except TimeoutError:
             raise HttpError(
                 408,
@@ -122,8 +132,7 @@ class BodyMiddleware:
                 close=True,
             )
 
-    async def _read(self, receive: Receive) -> bytes:
-        pieces: list[bytes] = []
+    async def _receive(self, receive: Receive, pieces: list[bytes]) -> None:
         size = 0
         while True:
             message = await receive()
@@ -134,8 +143,21 @@ class BodyMiddleware:
             if size > self._max_body_bytes:
                 raise self._too_large()
             pieces.append(piece)
+            self._num_bytes += len(piece)
+            if size < self._num_bytes and self._num_bytes > self._max_bodies_bytes:
+                raise self._too_many()  # one alone always passes
             if not message.get("more_body", False):
-                return b"".join(pieces)
+                return
+
+    def _too_many(self) -> HttpError:
+        return HttpError(
+            429,
+            "too_many_bodies",
+            f"The bodies of the open requests have more than `{self._max_bodies_bytes}` bytes.",
+            hint="come again, or raise `--max-bodies-bytes`",
+            headers={"retry-after": "1"},
+            close=True,
+        )
 
     def _too_large(self) -> HttpError:
         return HttpError(

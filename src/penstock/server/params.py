@@ -6,6 +6,7 @@ Ranges are checked by `SamplingParams`; here is checked what depends on the mode
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 from penstock.errors import ContextTooLong, InvalidField
@@ -111,7 +112,9 @@ def _params(
             values[name] = value
     for name in _ID_LISTS:
         if (ids := getattr(request, name)) is not None:
-            values[name] = tuple(ids)
+            _check_ids(name, ids, info.vocab_size)
+            values[name] = tuple(dict.fromkeys(ids))
+    _check_ids("logit_bias", request.logit_bias or (), info.vocab_size)
     if request.top_k is not None:  # -1 is vLLM's "all"
         values["top_k"] = min(max(0, request.top_k) if request.top_k >= -1 else -1, info.vocab_size)
     values["stop"] = _stop(request, service)
@@ -121,16 +124,22 @@ def _params(
             f"`{info.max_model_len}` tokens.",
             field="min_tokens",
         )
-    params = SamplingParams(**values)
-    for name in (*_ID_LISTS, "logit_bias"):
-        for token_id in getattr(params, name) or ():
-            if token_id >= info.vocab_size:
-                raise InvalidField(
-                    f"`{name}` names the token `{token_id}`; the vocabulary has "
-                    f"`{info.vocab_size}`.",
-                    field=name,
-                )
-    return params
+    return SamplingParams(**values)
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if len(ids) > vocab_size:
+        raise InvalidField(
+            f"`{name}` has `{len(ids)}` entries; the vocabulary has `{vocab_size}` tokens.",
+            field=name,
+            hint="name each token once",
+        )
+    for token_id in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidField(
+                f"`{name}` names the token `{token_id}`; the vocabulary has `{vocab_size}`.",
+                field=name,
+            )
 
 
 def _stop(request: ChatRequest | CompletionRequest, service: Service) -> tuple[str, ...]:
@@ -175,7 +184,7 @@ def _check_stream(request: ChatRequest | CompletionRequest) -> None:
 
 def _check_priority_and_salt(request: ChatRequest | CompletionRequest, service: Service) -> None:
     if request.priority:
-        if not service.settings.priority_requests:
+        if not service.honours_priority:
             raise InvalidField(
                 "`priority` is not honoured by this server's scheduling policy.",
                 field="priority",

@@ -7,6 +7,7 @@ a completion is the whole input of the model, so there special tokens are parsed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from penstock.errors import InvalidField
@@ -25,6 +26,7 @@ def completion_prompts(request: CompletionRequest, service: Service) -> list[Pro
 
     Raises:
         InvalidField: they are empty, mixed, or not of the vocabulary.
+        ContextTooLong: a text cannot fit, however it is tokenized.
     """
     given = request.prompt
     affixes = request.add_special_tokens is not False
@@ -36,7 +38,10 @@ def completion_prompts(request: CompletionRequest, service: Service) -> list[Pro
         raise InvalidField("`prompt` mixes texts, token ids and lists.", field="prompt")
     if kinds == {str}:
         echo = request.echo is True
-        return [_text_prompt(str(text), affixes, echo, service) for text in items]
+        texts = [str(text) for text in items]
+        for text in texts:
+            service.text_limit.check(len(text.encode()), "prompt")
+        return [_text_prompt(text, affixes, echo, service) for text in texts]
     lists = [items] if kinds == {int} else items
     return [_token_prompt(ids, request, service) for ids in lists]  # type: ignore[arg-type]
 
@@ -51,7 +56,18 @@ def num_prompts(request: CompletionRequest) -> int:
 
 def _text_prompt(text: str, affixes: bool, echo: bool, service: Service) -> Prompt:
     token_ids = service.tokenizer.encode(text, add_special_tokens=affixes)
-    return Prompt(token_ids=token_ids, text=text, offset=len(text) if echo else 0)
+    if not echo:
+        return Prompt(token_ids=token_ids)
+    around = _affixes(token_ids, service) if affixes else (0, 0)
+    return Prompt(token_ids=token_ids, text=text, is_text=True, offset=len(text), affixes=around)
+
+
+def _affixes(token_ids: list[int], service: Service) -> tuple[int, int]:
+    """How many tokens the tokenizer has put before a text, and after it."""
+    added = service.tokenizer.encode("")
+    pairs = zip(added, token_ids, strict=False)
+    num_before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return num_before, len(added) - num_before
 
 
 def _token_prompt(token_ids: list[int], request: CompletionRequest, service: Service) -> Prompt:
@@ -75,12 +91,16 @@ def chat_token_ids(request: ChatRequest | TokenizeRequest, service: Service) -> 
 
     Raises:
         InvalidField: the conversation cannot be rendered.
+        ContextTooLong: its texts cannot fit.
     """
     if service.template is None:
         raise InvalidField(
             "This model has no chat template.", field="messages", hint="use /v1/completions"
         )
     messages = _messages(request.messages or [], service)
+    if isinstance(request, ChatRequest):  # who only wants to count may count more
+        size = sum(len(message["content"].encode()) for message in messages)
+        service.text_limit.check(size, "messages")
     if request.add_special_tokens:
         raise InvalidField(
             "`add_special_tokens` cannot be true for messages: the chat template writes them.",

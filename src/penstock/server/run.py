@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -59,14 +57,21 @@ def serve(
         ConfigError: before anything is loaded, if the address is taken or a setting is wrong.
         ModelLoadError, NotEnoughMemory: the model cannot be loaded.
     """
-    if config.scheduling_policy == "priority":
-        settings = dataclasses.replace(settings, priority_requests=True)
     configure_logging(settings.log_level)
     settings.keys()  # a wrong key file is told before a model is loaded
     with contextlib.closing(_bind(settings)) as listener:
         server = _Server(config, settings, listener, banner, make_client or _client_maker(settings))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(server.run())
+
+
+def default_model_name(config: EngineConfig) -> str:
+    """What requests call the model unless `served_model_name` says otherwise.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    return resolve_model(config.model).resolve().name or config.model
 
 
 def _client_maker(settings: ServerSettings) -> MakeClient:
@@ -144,8 +149,14 @@ class _Server:
     async def _serve(
         self, client: EngineClient, tokenizer: Tokenizer, template: ChatTemplate | None
     ) -> int:
-        name = Path(self._config.model).name
-        app = create_app(client, tokenizer, template, self._settings, name)
+        app = create_app(
+            client,
+            tokenizer,
+            template,
+            self._settings,
+            default_model_name(self._config),
+            honours_priority=self._config.scheduling_policy == "priority",
+        )
         gate: Gate = app.state.service.gate
         server = _Uvicorn(self._uvicorn_config(app), lambda: self._ready(client.info))
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))

@@ -6,6 +6,7 @@ Knows nothing of the engine. Limits are on by default, and the server binds to l
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from penstock.errors import ConfigError
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _POSITIVE = (
-    *("max_body_bytes", "max_header_bytes", "max_connections", "max_queue_tokens", "max_choices"),
-    *("max_messages", "num_text_threads", "header_timeout_s", "body_timeout_s"),
-    *("slow_reader_timeout_s", "keep_alive_s", "stall_timeout_s"),
+    *("max_body_bytes", "max_bodies_bytes", "max_header_bytes", "max_connections"),
+    *("max_queue_tokens", "max_choices", "max_messages", "num_text_threads"),
+    *("header_timeout_s", "body_timeout_s", "slow_reader_timeout_s"),
+    *("keep_alive_s", "stall_timeout_s"),
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -58,6 +60,9 @@ class ServerSettings:
         (), "host names that requests may use; default: on loopback its names, else any"
     )
     max_body_bytes: int = _option(16 * 2**20, "largest request body")
+    max_bodies_bytes: int = _option(
+        256 * 2**20, "bodies of all open requests together; more get 429"
+    )
     max_header_bytes: int = _option(16 * 2**10, "largest request head")
     header_timeout_s: float = _option(10.0, "seconds for a request's head to arrive")
     body_timeout_s: float = _option(30.0, "seconds for a request's body to arrive")
@@ -84,21 +89,20 @@ class ServerSettings:
         30.0, "seconds for open requests to finish after SIGTERM", "--drain-timeout"
     )
     num_text_threads: int = _option(2, "threads that tokenize and render templates")
-    priority_requests: bool = _option(False, "accept `priority`; needs that scheduling policy")
     engine_thread: bool = _option(False, "run the engine in this process, not in its own")
     log_level: str = _option("info", "what is logged to stderr", choices=LOG_LEVELS)
     log_requests: bool = _option(True, "one log line for each request, without its text")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # also refuses nan
                 raise ConfigError(f"`{name}` is `{getattr(self, name)}`; it must be positive.")
         for name in ("max_queue", "max_logprobs", "max_stop_strings", "drain_timeout_s"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"`{name}` is `{getattr(self, name)}`; it must not be negative.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"`port` is `{self.port}`; it must be in [0, 65535].")
-        if self.request_timeout_s is not None and self.request_timeout_s <= 0:
+        if self.request_timeout_s is not None and not 0 < self.request_timeout_s < math.inf:
             raise ConfigError(
                 f"`request_timeout_s` is `{self.request_timeout_s}`; it must be positive."
             )

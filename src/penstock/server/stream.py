@@ -61,20 +61,19 @@ class EventStream:
             # Not interruptible: after this the server says that the client is gone.
             await self._send(send, sse.DONE, more=False)
         except SlowReader as error:
-            call.outcome = error.code
-            abort_connection(scope)  # closing it would wait for the reader
+            _cut(call, scope, error)
         except ClientGone as error:
             call.outcome = error.code
         except PenstockError as error:
             if not self._started:
                 raise
-            await self._send_error(call, error, send)
+            await self._send_error(call, scope, error, send)
         except Exception as error:
             if not self._started:
                 raise
             details = {"request_id": call.request_id, "error": frames_of(error)}
             logger.error("internal error in a stream", extra=details)
-            await self._send_error(call, error, send)
+            await self._send_error(call, scope, error, send)
 
     async def _send_pieces(self, send: Send) -> None:
         first = asyncio.ensure_future(anext(self._pieces, b""))
@@ -101,7 +100,15 @@ class EventStream:
         except TimeoutError:
             raise SlowReader("The client does not read its stream.") from None
 
-    async def _send_error(self, call: Call, error: Exception, send: Send) -> None:
+    async def _send_error(self, call: Call, scope: Scope, error: Exception, send: Send) -> None:
         failure = describe(error, call.request_id)
         call.outcome = failure.code
-        await self._send(send, sse.encode(to_event(failure, self._usage())), more=False)
+        try:
+            await self._send(send, sse.encode(to_event(failure, self._usage())), more=False)
+        except SlowReader as slow:
+            _cut(call, scope, slow)
+
+
+def _cut(call: Call, scope: Scope, error: SlowReader) -> None:
+    call.outcome = error.code
+    abort_connection(scope)  # closing it would wait for the reader

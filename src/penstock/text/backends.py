@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from penstock.errors import ModelLoadError, UnsupportedModel
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
+_MARK = secrets.token_hex(16)  # no text holds it but by our hand
 
 
 class Backend(Protocol):
@@ -58,6 +60,25 @@ def split_at(strings: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
 
 
+def encode_parts(backend: Backend, parts: Sequence[str]) -> list[int]:
+    """Encode a text of which it is known what in it is special.
+
+    Args:
+        parts: by turns mere text (perhaps "") and the string of a special token.
+    """
+    if isinstance(backend, HuggingFaceBackend):  # there, what a text follows counts in many ways
+        return backend.encode_parts(parts)
+    ids: list[int] = []
+    for index, part in enumerate(parts):
+        if index % 2:
+            token_id = backend.piece_id(part)
+            assert token_id is not None
+            ids.append(token_id)
+        elif part:
+            ids.extend(backend.encode_plain(part, at_start=index == 0))
+    return ids
+
+
 class HuggingFaceBackend:
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
@@ -77,7 +98,6 @@ class HuggingFaceBackend:
             for token_id, token in self._library.get_added_tokens_decoder().items()
             if token.special
         )
-        self._special = split_at(self._added[token_id] for token_id in self.special_ids)
         decoder = self._library.decoder
         state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "none"}
         self._speller = _Speller(state, path)
@@ -93,11 +113,30 @@ class HuggingFaceBackend:
         return library
 
     @cached_property
-    def _plain(self) -> Any:
-        """The same tokenizer, blind to special tokens; built when a text needs it."""
+    def _blind(self) -> tuple[Any, dict[int, int]]:
+        """The same tokenizer, blind to special tokens, in text of any form: those that are meant
+        have marks around them, and are tokens of their own, whose ids are mapped here to the true
+        ones. Built when a text needs it."""
+        import tokenizers
+
         library = self._open()
         library.encode_special_tokens = True
-        return library
+        true_ids: dict[str, int] = {}
+        marked = []
+        for token_id, token in library.get_added_tokens_decoder().items():
+            content = f"{_MARK}{token.content}{_MARK}"
+            true_ids[content] = token_id
+            marked.append(
+                tokenizers.AddedToken(
+                    content,
+                    special=False,
+                    normalized=False,  # found before a normalizer could make one of other text
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                )
+            )
+        library.add_tokens(marked)
+        return library, {library.token_to_id(text): i for text, i in true_ids.items()}
 
     def piece(self, token_id: int) -> str | None:
         piece: str | None = self._library.id_to_token(token_id)
@@ -121,10 +160,15 @@ class HuggingFaceBackend:
         return ids
 
     def encode_plain(self, text: str, *, at_start: bool) -> list[int]:
-        blind = self._special is not None and self._special.search(text) is not None
-        library = self._plain if blind else self._library
-        ids: list[int] = library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_parts([text])
+
+    def encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """See the function `encode_parts`."""
+        texts = list(parts)
+        texts[1::2] = [f"{_MARK}{part}{_MARK}" for part in parts[1::2]]
+        library, true_ids = self._blind
+        ids: list[int] = library.encode("".join(texts), add_special_tokens=False).ids
+        return [true_ids.get(token_id, token_id) for token_id in ids]
 
 
 class _Speller:

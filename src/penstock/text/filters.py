@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -21,20 +21,32 @@ from jinja2.sandbox import safe_range
 from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
 
-from penstock.text.meter import METER, allow_format, allow_replace, check_format, printed
+from penstock.text.meter import (
+    MAX_INT_BITS,
+    METER,
+    TemplateLimitError,
+    allow_format,
+    allow_replace,
+    check_format,
+    printed,
+)
 
 MAX_INT_ARGUMENT = 10_000  # of a filter or a test; `range` has its own limit
 
 _KEPT_FILTERS = (
     *("abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first"),
-    *("float", "groupby", "int", "items", "last", "length", "list", "lower", "map", "max", "min"),
+    *("float", "groupby", "items", "last", "length", "list", "lower", "map", "max", "min"),
     *("reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice", "sort"),
     *("string", "title", "trim", "truncate", "unique", "upper", "wordcount"),
 )
 
 
 def metered(function: Any) -> Callable[..., Any]:
-    """A filter or test that pays for its result, and takes no huge numbers."""
+    """A filter or test that pays for its result, and takes no huge numbers.
+
+    Lazy results are computed at once, so that no work waits unpaid in a chain of generators. They
+    stay iterators, which can be read only once and not be printed.
+    """
     wanted = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
@@ -47,7 +59,10 @@ def metered(function: Any) -> Callable[..., Any]:
         if wanted is not None:
             passed = {"context": context, "eval_context": context.eval_ctx}
             args = (passed.get(wanted.name, context.environment), *args)
-        return meter.charge(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if isinstance(result, Iterator):
+            return iter(meter.charge_all(result))
+        return meter.charge(result)
 
     return run
 
@@ -102,6 +117,13 @@ def _format(value: str, *args: Any, **kwargs: Any) -> str:
     return value % (kwargs or args)
 
 
+def _int(value: Any, default: int = 0, base: int = 10) -> Any:
+    number = JINJA_FILTERS["int"](value, default, base)
+    if isinstance(number, int) and number.bit_length() > MAX_INT_BITS:
+        raise TemplateLimitError(f"an integer has more than {MAX_INT_BITS} bits")
+    return number
+
+
 def _escape(value: Any) -> str:
     return str(JINJA_FILTERS["escape"](printed(value)))
 
@@ -137,6 +159,7 @@ FILTERS = {name: metered(JINJA_FILTERS[name]) for name in _KEPT_FILTERS} | {
     "escape": metered(_escape),
     "format": metered(_format),
     "indent": metered(_indent),
+    "int": metered(_int),
     "join": metered(_join),
     "replace": metered(_replace),
     "safe": metered(printed),  # nothing is escaped that would have to be spared
@@ -151,14 +174,28 @@ TESTS = {name: metered(test) for name, test in JINJA_TESTS.items()}
 class TemplateNamespace(Namespace):
     """Keeps a template from giving its namespace attributes that Jinja or Python look for."""
 
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        super().__init__(attributes)
+
     def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace cannot have an attribute {name!r}")
+        _check_attribute(name)
         super().__setitem__(name, value)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)  # the type itself would have more methods
+def _check_attribute(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace cannot have an attribute {name!r}")
+
+
+def _dict(pairs: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
+    built: dict[Any, Any] = {}  # (the type itself would have more methods)
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        METER.get().tick()  # numbers can be chosen so that each is compared with all the others
+        built[key] = value
+    return built | kwargs
 
 
 def _raise_exception(message: Any) -> None:

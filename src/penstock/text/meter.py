@@ -11,15 +11,22 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from jinja2 import Undefined
 from jinja2.exceptions import SecurityError, TemplateError
 
 MAX_INT_BITS = 4096
+MAX_DEPTH = 100  # of containers in containers: Python hashes and frees them by recursion in C
 
 _CONTAINERS = (list, tuple, dict)
 _SCALARS = (int, float, Undefined, type(None))
+
+
+class _Measure(NamedTuple):
+    size: int
+    depth: int  # containers around the innermost value
 
 
 class TemplateLimitError(TemplateError):
@@ -30,7 +37,8 @@ class Meter:
     """What one rendering may still use.
 
     Args:
-        max_chars: size of one value: characters of a string, strings and items of a container.
+        max_chars: size of one value: characters of a string, strings and items of a container,
+            bits of an integer.
         max_s: seconds of this thread's processor time, so that a busy machine fails no rendering.
     """
 
@@ -40,12 +48,12 @@ class Meter:
         self._max_s = max_s
         self._start_s = time.thread_time()
         self._look_s = time.monotonic() + max_s  # before that it cannot have used up its time
-        # Sizes of containers inside containers, which the sandbox keeps immutable. Holding the
-        # container keeps its id from being used again.
-        self._sizes: dict[int, tuple[int, object]] = {}
+        # Of containers inside containers, which the sandbox keeps immutable. Holding the container
+        # keeps its id from being used again.
+        self._measures: dict[int, tuple[_Measure, object]] = {}
         # The latest lists made by `+`: templates grow lists so, and measuring each anew would
         # cost n * n.
-        self._grown: deque[tuple[int, object]] = deque(maxlen=4)
+        self._grown: deque[tuple[_Measure, object]] = deque(maxlen=4)
 
     def tick(self, cost: int = 1) -> None:
         """Pay for an operation."""
@@ -80,35 +88,66 @@ class Meter:
         if not isinstance(total, list):
             return self.charge(total)
         self.tick(1 + len(total))
-        size = self.size(left) + self.size(right) - 1
-        self.allow(size)
-        self._grown.append((size, total))
+        parts = self._measure(left), self._measure(right)
+        measure = _Measure(sum(part.size for part in parts) - 1, max(part.depth for part in parts))
+        self.allow(measure.size)
+        self._grown.append((measure, total))
         return total
 
-    def size(self, value: Any) -> int:
-        """The size of a value written out; shared parts count as often as they occur."""
-        if isinstance(value, str):
-            return 1 + len(value)
-        for size, grown in self._grown:
-            if value is grown:
-                return size
-        if isinstance(value, dict):
-            return 1 + sum(self._inner(k) + self._inner(v) for k, v in value.items())
-        if isinstance(value, _CONTAINERS):
-            return 1 + sum(map(self._inner, value))
-        return 1
+    def charge_all(self, items: Iterable[Any]) -> list[Any]:
+        """Pay for the items of a lazy sequence; together they must not exceed a value."""
+        taken, total = [], 1
+        for item in items:
+            size = self.size(item)
+            total += size
+            self.tick(size)
+            self.allow(total)
+            taken.append(item)
+        return taken
 
-    def _inner(self, value: Any) -> int:
-        """The size of a value in a container."""
+    def check_depth(self, values: Iterable[Any]) -> None:
+        """Refuse containers that are nested too deep, however they came to be."""
+        for value in values:
+            if isinstance(value, _CONTAINERS):
+                self._inner(value)
+
+    def size(self, value: Any) -> int:
+        """The size of a value written out; shared parts count as often as they occur.
+
+        Raises:
+            SecurityError: it is no data, which could hide a large inside or an address.
+            TemplateLimitError: it is nested too deep.
+        """
+        return self._measure(value).size
+
+    def _measure(self, value: Any) -> _Measure:
         if isinstance(value, str):
-            return 1 + len(value)
+            return _Measure(1 + len(value), 0)
+        if isinstance(value, int):
+            return _Measure(1 + value.bit_length(), 0)
+        if isinstance(value, _SCALARS):
+            return _Measure(1, 0)
         if not isinstance(value, _CONTAINERS):
-            if not isinstance(value, _SCALARS):  # it could hide a large inside
-                raise SecurityError(f"a {type(value).__name__} cannot be part of a value")
-            return 1
-        known = self._sizes.get(id(value))
+            raise SecurityError(f"a {type(value).__name__} cannot be part of a value")
+        for measure, grown in self._grown:
+            if value is grown:
+                return measure
+        size, depth = 1, 0
+        for part in chain(value, value.values()) if isinstance(value, dict) else value:
+            inner = self._inner(part)
+            size += inner.size
+            depth = max(depth, inner.depth)
+        if depth >= MAX_DEPTH:
+            raise TemplateLimitError(f"a value is nested deeper than {MAX_DEPTH}")
+        return _Measure(size, depth + 1)
+
+    def _inner(self, value: Any) -> _Measure:
+        """The measure of a value in a container."""
+        if not isinstance(value, _CONTAINERS):
+            return self._measure(value)
+        known = self._measures.get(id(value))
         if known is None:
-            known = self._sizes[id(value)] = (self.size(value), value)
+            known = self._measures[id(value)] = (self._measure(value), value)
         return known[0]
 
 
@@ -165,7 +204,7 @@ def check_format(spec: str) -> None:
 
 
 def allow_format(template: str, num_fields: int, values: Iterable[Any]) -> None:
-    """Refuse a format whose fields could be too large."""
+    """Refuse a format whose fields could be too large, or are no data."""
     meter = METER.get()
     largest = max((meter.size(value) for value in values), default=0)
     meter.allow(len(template) + num_fields * (largest + 1000))  # a width has three digits

@@ -9,7 +9,7 @@ ticks the work is linear in the size of one value, and no value exceeds `Meter.m
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import BuiltinMethodType
 from typing import Any
 
@@ -18,7 +18,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from penstock.text.filters import FILTERS, GLOBALS, TESTS, join_checked
@@ -128,6 +128,17 @@ class _GenerationTag(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
+class _DataFormatter(SandboxedFormatter):
+    """Formats data only, also where a field names an attribute of an argument."""
+
+    def get_field(
+        self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, str]:
+        value, first = super().get_field(field_name, args, kwargs)
+        METER.get().size(value)
+        return value, first
+
+
 @pass_context
 def _finalize(_context: Context, value: Any) -> str:
     """What an output prints. (With the context passed, Jinja folds no constants into it.)"""
@@ -184,7 +195,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
             for _, _, spec, _ in string.Formatter().parse(template):
                 check_format(spec or "")
             allow_format(template, template.count("{"), [*args, *kwargs.values()])
-            return wrapped(*args, **kwargs)
+            return _DataFormatter(self).vformat(template, args, kwargs)
 
         return format_checked
 
@@ -197,6 +208,8 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
         meter.tick()
+        # Some calls wrap their arguments: a macro in `varargs`. (Jinja's own have an underscore.)
+        meter.check_depth((*args, *(v for name, v in kwargs.items() if name[0] != "_")))
         if isinstance(obj, BuiltinMethodType) and isinstance(obj.__self__, str):
             if obj.__name__ == "join" and len(args) == 1:
                 return meter.charge(join_checked(args[0], obj.__self__))

@@ -8,8 +8,8 @@ complete at once, the longest.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 
 class StopMatch(NamedTuple):
@@ -77,7 +77,13 @@ class StopStrings:
         return state, None
 
 
-@lru_cache(maxsize=64)
+_in_use: WeakValueDictionary[tuple[str, ...], StopStrings] = WeakValueDictionary()
+
+
 def stop_strings(stop: tuple[str, ...]) -> StopStrings:
-    """The automaton of these stop strings; requests that ask for the same share it."""
-    return StopStrings(stop)
+    """The automaton of these stop strings. Those who use the same at one time share it; nothing is
+    kept after them, for an automaton takes some hundred bytes a character."""
+    found = _in_use.get(stop)
+    if found is None:
+        found = _in_use[stop] = StopStrings(stop)
+    return found

@@ -1,7 +1,8 @@
 """Chat messages to the text a model was trained on.
 
 Owns what a template is given and which errors it may cause. The sandbox it runs in is
-`penstock.text.sandbox`. Invariant: words of a message never become special tokens (`encode`).
+`penstock.text.sandbox`. Invariant: words of a message that a template leaves as they are never
+become special tokens (`encode`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ _RENDER_ERRORS = (
     TypeError,
     ValueError,
 )
+
+
+_WORDS = ("messages", "tools", "documents")  # variables that hold more than labels
+_LABELS = ("role", "type")  # keys in them
+_Clean = Callable[[str, bool], str]  # of a text, and whether it is a label: `Tokenizer.guard`
 
 
 class ChatTemplate:
@@ -103,7 +109,12 @@ class ChatTemplate:
         **kwargs: Any,
     ) -> list[int]:
         """The prompt's token ids: as of `render`, but the only special tokens in it are those that
-        the template wrote. A special-token string in a message stays text."""
+        the template wrote. A special-token string in a message stays text.
+
+        It may be trimmed and put between other text, but a template that cuts, replaces or changes
+        the case of a message's characters may make such a string of others. Around a label (a key,
+        a `role` or `type`, one of the `kwargs`) a template may write a special token.
+        """
         variables = {"tools": tools, "documents": None, **kwargs}
         text = self._render(messages, variables, add_generation_prompt, tokenizer.guard)
         return tokenizer.encode_guarded(text)
@@ -113,11 +124,12 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         add_generation_prompt: bool,
-        clean: Callable[[str], str],
+        clean: _Clean,
     ) -> str:
         chosen = "tool_use" if variables["tools"] and "tool_use" in self._templates else "default"
         try:
-            plain = _plain({**variables, "messages": messages}, clean)
+            plain = {name: _plain(v, clean, name not in _WORDS) for name, v in variables.items()}
+            plain["messages"] = _plain(messages, clean)
             plain["add_generation_prompt"] = add_generation_prompt
             meter = Meter(self._max_chars, self._max_s)
             return render(self._templates[chosen], {**self._special_tokens, **plain}, meter)
@@ -153,18 +165,23 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
 
 
-def _unchanged(text: str) -> str:
+def _unchanged(text: str, label: bool) -> str:
     return text
 
 
-def _plain(value: Any, clean: Callable[[str], str]) -> Any:
+def _plain(value: Any, clean: _Clean, label: bool = False) -> Any:
     """A copy of exact JSON types only: other objects have methods that no sandbox knows."""
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
-        return clean(str.__str__(value))
+        return clean(str.__str__(value), label)
     if isinstance(value, Mapping):
-        return {_plain(key, clean): _plain(item, clean) for key, item in value.items()}
+        return {
+            _plain(key, clean, True): _plain(
+                item, clean, label or (key in _LABELS and isinstance(item, str))
+            )
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_plain(item, clean) for item in value]
+        return [_plain(item, clean, label) for item in value]
     raise TypeError(f"a {type(value).__name__} is no JSON value")

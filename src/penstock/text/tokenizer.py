@@ -15,13 +15,21 @@ from types import MappingProxyType
 from typing import Any
 
 from penstock.errors import ModelLoadError
-from penstock.text.backends import Backend, HuggingFaceBackend, SentencePieceBackend, split_at
+from penstock.text.backends import (
+    Backend,
+    HuggingFaceBackend,
+    SentencePieceBackend,
+    encode_parts,
+    split_at,
+)
 
 _NAMED_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _VERSION = re.compile(r"\.v(\d+)")
-_SENTINEL = "\ufdd0"  # a noncharacter: Unicode reserves it for internal use
+# The last variation selector, which no character uses. It is no space, has no case, and counts as
+# printable, so that templates take it for an ordinary part of a word.
+_SENTINEL = "\U000e01ef"
 
 
 class Tokenizer:
@@ -32,7 +40,7 @@ class Tokenizer:
         special_ids: ids that are structure, not text: hidden by `skip_special_tokens`.
         special_tokens: the named ones, by the names that templates use (`bos_token`, ...).
         chat_templates: the sources found in the directory, by name; the usual one is "default".
-        bos_id, eos_id, pad_id: ids of named tokens, None where the directory names none.
+        bos_id: the token that begins a sequence; None where the directory names none.
         drops_leading_space: a text's first token loses one leading space (SentencePiece).
     """
 
@@ -48,9 +56,8 @@ class Tokenizer:
         self.drops_leading_space = backend.drops_leading_space
         self.special_tokens = dict(special_tokens)
         self.chat_templates = dict(chat_templates)
-        self.bos_id = self._named_id("bos_token")
-        self.eos_id = self._named_id("eos_token")
-        self.pad_id = self._named_id("pad_token")
+        bos = self.special_tokens.get("bos_token")
+        self.bos_id = None if bos is None else backend.piece_id(bos)
         named = (backend.piece_id(text) for text in self.special_tokens.values())
         self.special_ids = backend.special_ids | {i for i in named if i is not None}
         self._bytes: dict[int, bytes] = {}
@@ -58,10 +65,9 @@ class Tokenizer:
         strings = frozenset(text for text in specials if text)
         self._special = split_at(strings)
         self._special_prefixes = tuple({s[:end] for s in strings for end in range(1, len(s))})
-
-    def _named_id(self, name: str) -> int | None:
-        text = self.special_tokens.get(name)
-        return None if text is None else self._backend.piece_id(text)
+        self._special_suffixes = frozenset(s[i:] for s in strings for i in range(1, len(s)))
+        self._max_suffix = max(map(len, self._special_suffixes), default=0)
+        self._special_insides = _SENTINEL.join(s[1:-1] for s in strings)
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
@@ -84,47 +90,47 @@ class Tokenizer:
         split = 1 if affixes[:1] == [self.bos_id] else 0
         return [*affixes[:split], *ids, *affixes[split:]]
 
-    def guard(self, text: str) -> str:
-        """Break the special-token strings in a text from outside, also one that begins at its end.
+    def guard(self, text: str, label: bool = False) -> str:
+        """Break the special-token strings in a text from outside, also those that it could
+        complete with what a template puts before and behind it.
 
-        For text that a template will embed: `encode_guarded` then takes it for mere text.
+        For text that a template will embed: `encode_guarded` then takes it for mere text. That
+        holds for text which the template leaves as it is or trims, not where it cuts, replaces or
+        changes the case of characters.
+
+        Args:
+            label: the text is something like a role: templates compare it with their own words,
+                and may write a special token around the whole of it.
         """
         if self._special is None:
             return text
         text = text.replace(_SENTINEL, "\ufffd")
         while self._special.search(text):
             text = self._special.sub(_broken, text)
-        return text + _SENTINEL if text.endswith(self._special_prefixes) else text
+        core = text.strip()  # templates trim; the breaks must neither be lost nor prevent it
+        if not core:
+            return text
+        guarded = core + _SENTINEL if core.endswith(self._special_prefixes) else core
+        ends = any(core[:n] in self._special_suffixes for n in range(1, self._max_suffix + 1))
+        if ends or (not label and core in self._special_insides):
+            guarded = _SENTINEL + guarded
+        return text.replace(core, guarded)
 
     def encode_guarded(self, text: str) -> list[int]:
         """The ids of a rendered template, into which foreign text came through `guard`.
 
-        Special tokens are parsed where they stand unbroken; no affixes are added.
+        Special tokens are parsed where they stand unbroken, spelt as in the vocabulary; no affixes
+        are added.
         """
-        if _SENTINEL not in text:
-            return self.encode(text, add_special_tokens=False)
         text = _well_formed(text)
-        ids: list[int] = []
-        for index, part in enumerate(self._special.split(text) if self._special else [text]):
-            if index % 2:
-                token_id = self._backend.piece_id(part)
-                assert token_id is not None
-                ids.append(token_id)
-            elif plain := part.replace(_SENTINEL, ""):
-                ids.extend(self._backend.encode_plain(plain, at_start=index == 0))
-        return ids
+        parts = self._special.split(text) if self._special is not None else [text]
+        return encode_parts(self._backend, [part.replace(_SENTINEL, "") for part in parts])
 
-    def decode(
-        self, ids: Sequence[int], *, skip_special_tokens: bool = True, continues: bool = False
-    ) -> str:
-        """The text of a sequence; ids outside the vocabulary have none.
-
-        Args:
-            continues: the text goes on from another, so that its leading space counts.
-        """
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a sequence; ids outside the vocabulary have none."""
         hidden = self.special_ids if skip_special_tokens else ()
         data = b"".join(self.token_bytes(i) for i in ids if i not in hidden)
-        if self.drops_leading_space and not continues:
+        if self.drops_leading_space:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
 

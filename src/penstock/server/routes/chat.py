@@ -28,7 +28,7 @@ from penstock.server.logprobs import chat_logprobs, prompt_logprobs
 from penstock.server.params import chat_params, check_context
 from penstock.server.prompts import chat_token_ids
 from penstock.server.routes.generation import (
-    GenerationEndpoint,
+    WatchedEndpoint,
     admit,
     encode_json,
     json_response,
@@ -59,7 +59,7 @@ class _Chat:
 async def _answer(service: Service, call: Call, body: bytes) -> Response | EventStream:
     request = await read(service, ChatRequest, body)
     model = service.check_model(request.model)
-    params = chat_params(request, service)
+    params = await service.offload(body, lambda: chat_params(request, service))
     if params.n > service.settings.max_choices:
         raise InvalidField(
             f"`n` is `{params.n}`; at most `{service.settings.max_choices}` are served.", field="n"
@@ -83,7 +83,7 @@ async def _answer(service: Service, call: Call, body: bytes) -> Response | Event
     return await _whole(chat)
 
 
-endpoint = GenerationEndpoint(_answer)
+endpoint = WatchedEndpoint(_answer)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ the prompt's tokens, then exactly `max_tokens` of answer (fewer only if the answ
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ from penstock.server.logprobs import completion_logprobs, prompt_logprobs
 from penstock.server.params import check_context, completion_params
 from penstock.server.prompts import completion_prompts, num_prompts
 from penstock.server.routes.generation import (
-    GenerationEndpoint,
+    WatchedEndpoint,
     admit,
     encode_json,
     json_response,
@@ -37,7 +37,7 @@ from penstock.server.routes.generation import (
     read,
     usage_of,
 )
-from penstock.server.service import SMALL_BYTES, Service
+from penstock.server.service import Service
 from penstock.server.stream import EventStream
 from penstock.text.stream import TokenText, prompt_token_texts
 from penstock.types import TokenLogprobs
@@ -92,7 +92,7 @@ class _Part:
 async def _answer(service: Service, call: Call, body: bytes) -> Response | EventStream:
     request = await read(service, CompletionRequest, body)
     model = service.check_model(request.model)
-    params = completion_params(request, service)
+    params = await service.offload(body, lambda: completion_params(request, service))
     num_answers = num_prompts(request) * params.n
     if num_answers > service.settings.max_choices:
         raise InvalidField(
@@ -102,10 +102,7 @@ async def _answer(service: Service, call: Call, body: bytes) -> Response | Event
             hint="send fewer prompts at once",
         )
     admit(service, call, request, num_answers)
-    if len(body) <= SMALL_BYTES:
-        prompts = completion_prompts(request, service)
-    else:
-        prompts = await service.workers.run(lambda: completion_prompts(request, service))
+    prompts = await service.offload(body, lambda: completion_prompts(request, service))
     for prompt in prompts:
         check_context(len(prompt.token_ids), params, service, field="prompt")
     service.gate.charge(call, sum(len(prompt.token_ids) for prompt in prompts))
@@ -122,7 +119,7 @@ async def _answer(service: Service, call: Call, body: bytes) -> Response | Event
     return await _whole(task)
 
 
-endpoint = GenerationEndpoint(_answer)
+endpoint = WatchedEndpoint(_answer)
 
 
 async def _parts(task: _Task) -> AsyncGenerator[tuple[Piece, _Part], None]:
@@ -162,16 +159,38 @@ async def _echo(task: _Task, piece: Piece) -> _Part:
     def tokens() -> list[TokenText]:
         top_k = request.logprobs or 0
         kept = [entry and entry._replace(top=entry.top[:top_k]) for entry in logprobs]
-        return prompt_token_texts(
-            task.service.tokenizer,
-            prompt.token_ids,
-            kept,
-            skip_special_tokens=task.job.params.skip_special_tokens,
-        )
+        return _prompt_tokens(task, prompt, kept)
 
     small = len(prompt.token_ids) <= _SMALL_PROMPT
     part.tokens = tokens() if small else await task.service.workers.run(tokens)
     return part
+
+
+def _prompt_tokens(
+    task: _Task, prompt: Prompt, entries: Sequence[TokenLogprobs | None]
+) -> list[TokenText]:
+    """The tokens of an echoed prompt; offsets count in the text that is echoed.
+
+    A prompt given as text is echoed as it was: with the special tokens spelt out in it, without
+    those that were put around it, which take no room.
+    """
+    num_before, num_after = prompt.affixes
+    end = len(prompt.token_ids) - num_after
+    hides = not prompt.is_text and task.job.params.skip_special_tokens
+    shown: list[TokenText] = []
+    for part, hidden, base in (
+        (slice(num_before), True, 0),
+        (slice(num_before, end), hides, 0),
+        (slice(end, None), True, prompt.offset),
+    ):
+        texts = prompt_token_texts(
+            task.service.tokenizer,
+            prompt.token_ids[part],
+            entries[part],
+            skip_special_tokens=hidden,
+        )
+        shown += [text._replace(offset=base + text.offset) for text in texts]
+    return shown
 
 
 def _choice(task: _Task, index: int, part: _Part, *, opens: bool) -> CompletionChoice:

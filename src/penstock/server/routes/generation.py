@@ -1,7 +1,7 @@
-"""What the two routes that generate have in common: `/v1/chat/completions`, `/v1/completions`.
+"""What the routes that work on text have in common: the two that generate, and those of tokens.
 
-Owns the life of such a call: decoded, let in by the gate, watched, and let out again whatever
-happens. The routes themselves only translate.
+Owns the life of such a call: decoded, perhaps let in by the gate, watched, and let out again
+whatever happens. The routes themselves only translate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from penstock.protocol.parse import decode_request
 from penstock.server.calls import Call, watch_client
 from penstock.server.generation import Tally
 from penstock.server.params import digest
-from penstock.server.service import SMALL_BYTES, Service, body_of, call_of, service_of
+from penstock.server.service import Service, body_of, call_of, service_of
 from penstock.server.stream import EventStream
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -34,8 +34,11 @@ Answer = Callable[[Service, Call, bytes], Awaitable[Response | EventStream]]
 encode_json = msgspec.json.Encoder().encode
 
 
-class GenerationEndpoint:
-    """An ASGI application around a function that answers one generating route."""
+class WatchedEndpoint:
+    """An ASGI application around a function that answers one route.
+
+    The function ends early if the client leaves or the deadline comes.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -62,9 +65,7 @@ async def read(service: Service, cls: type[T], body: bytes) -> T:
         InvalidField: see `decode_request`.
         QueueFull: too many large bodies wait.
     """
-    if len(body) <= SMALL_BYTES:
-        return decode_request(cls, body)
-    return await service.workers.run(lambda: decode_request(cls, body))
+    return await service.offload(body, lambda: decode_request(cls, body))
 
 
 def admit(

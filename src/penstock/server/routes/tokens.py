@@ -13,15 +13,15 @@ from penstock.protocol.native import (
     TokenizeResponse,
     TokenizerInfo,
 )
+from penstock.server.calls import Call
 from penstock.server.prompts import chat_token_ids
-from penstock.server.routes.generation import json_response, read
-from penstock.server.service import Service, body_of, service_of
+from penstock.server.routes.generation import WatchedEndpoint, json_response, read
+from penstock.server.service import Service, service_of
 
 
-async def tokenize(request: Request) -> Response:
+async def _tokenize(service: Service, call: Call, body: bytes) -> Response:
     """The token ids of a text or of a conversation."""
-    service = service_of(request)
-    asked = await read(service, TokenizeRequest, body_of(request))
+    asked = await read(service, TokenizeRequest, body)
     service.check_model(asked.model)
     _check_form(asked)
     token_ids = await service.workers.run(lambda: _token_ids(asked, service))
@@ -36,6 +36,9 @@ async def tokenize(request: Request) -> Response:
             token_strs=spelt,
         )
     )
+
+
+tokenize = WatchedEndpoint(_tokenize)
 
 
 def _check_form(asked: TokenizeRequest) -> None:
@@ -56,10 +59,9 @@ def _token_ids(asked: TokenizeRequest, service: Service) -> list[int]:
     )
 
 
-async def detokenize(request: Request) -> Response:
+async def _detokenize(service: Service, call: Call, body: bytes) -> Response:
     """The text of token ids, special tokens included."""
-    service = service_of(request)
-    asked = await read(service, DetokenizeRequest, body_of(request))
+    asked = await read(service, DetokenizeRequest, body)
     service.check_model(asked.model)
     vocab_size = service.client.info.vocab_size
     for token_id in (min(asked.tokens, default=0), max(asked.tokens, default=0)):
@@ -71,6 +73,9 @@ async def detokenize(request: Request) -> Response:
         lambda: service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
     )
     return json_response(DetokenizeResponse(text))
+
+
+detokenize = WatchedEndpoint(_detokenize)
 
 
 async def tokenizer_info(request: Request) -> Response:
