@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "penstock"
 
 TIERS = [
-    {"errors", "types", "extras"},
+    {"errors", "types", "extras", "hardware"},
     {"native", "kernels", "parallel", "protocol", "text", "storage", "builtin"},
     {"layers", "attention", "quantization"},
     {"models"},

@@ -12,7 +12,7 @@ from penstock.llm import Job
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 QUESTIONS = [
     "What is 17 + 25?",
-    "Reverse the word river.",
+    'Reverse "river".',
     "Hello!",
     "Tell me a story about a fox.",
 ]
@@ -95,7 +95,9 @@ def test_stop_string_ends_text_tokens_and_engine(llm: LLM) -> None:
 
 def test_token_ids_and_logprobs(llm: LLM) -> None:
     ids = llm.tokenizer.encode("the cat and the dog")
-    params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=0)
+    params = SamplingParams(
+        temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=0, ignore_eos=True
+    )
     by_ids, by_text = llm.generate([ids, "the cat and the dog"], params)
     assert by_ids.outputs[0].token_ids == by_text.outputs[0].token_ids
     assert by_ids.prompt is None

@@ -4,7 +4,7 @@ PenstockError
 ├── ConfigError                 a setting is wrong, or two settings cannot be combined
 ├── ModelLoadError              a checkpoint cannot be used
 │   ├── UnsupportedModel        the architecture, or a value in its config, is not known
-│   └── WeightMismatch          weights are missing, unexpected or misshapen (all are listed)
+│   └── WeightMismatch          weights are missing, unexpected or misshapen (all are counted)
 ├── RequestError                one request is wrong; `.field` names the field
 │   ├── InvalidField
 │   ├── ContextTooLong
@@ -45,7 +45,7 @@ class UnsupportedModel(ModelLoadError):
 
 
 class WeightMismatch(ModelLoadError):
-    """Weights are missing, unexpected or misshapen; the message lists every one."""
+    """Weights are missing, unexpected or misshapen: how many of each, and the first 20."""
 
 
 class RequestError(PenstockError):

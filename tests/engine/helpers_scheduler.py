@@ -8,6 +8,7 @@ values, the whole prefix that they stand for, so a block that holds anything els
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from penstock.engine.kv_cache import KVCache
@@ -47,10 +48,14 @@ class FakeRunner:
         self.tables: dict[int, list[int]] = {}
         self.admissions: dict[int, Admission] = {}
         self.num_computed = 0
+        self.was_cut = False  # a plan was not carried out: the next one may release free rows
 
     def execute(self, plan: StepPlan) -> StepResult:
         for row in plan.released:
-            del self.tokens[row], self.tables[row], self.admissions[row]
+            assert row in self.tokens or self.was_cut
+            for rows in (self.tokens, self.tables, self.admissions):
+                rows.pop(row, None)
+        self.was_cut = False
         for admission in plan.admitted:
             assert admission.row not in self.tokens
             self.tokens[admission.row] = list(admission.token_ids)
@@ -121,6 +126,7 @@ class Engine:
         self.events: dict[str, list[TokenEvent]] = {}
         self.plans: list[StepPlan] = []
         self.finished: list[str] = []
+        self.num_blocked = 0  # steps in which the head of the queue lacked blocks
         self.budget, self.chunk = budget, chunk or budget
 
     def add(self, prompt: list[int], priority: int = 0, salt: str = "", **params: Any) -> Request:
@@ -155,6 +161,7 @@ class Engine:
         assert len(self.plans) < 10_000, "the requests do not come to an end"
         plan = self.scheduler.schedule()
         self.scheduler.check()
+        self.check_queue(plan)
         assert sum(slice_.length for slice_ in plan.slices) <= self.budget
         assert all(slice_.length <= self.chunk for slice_ in plan.slices)
         for request_id in abort_planned:
@@ -170,15 +177,32 @@ class Engine:
         self.plans.append(plan)
         return plan
 
+    def check_queue(self, plan: StepPlan) -> None:
+        """Assert that the head of the queue does not wait in vain, from the trie itself."""
+        scheduler, cache, size = self.scheduler, self.cache, self.cache.block_size
+        num_left = self.budget - sum(slice_.length for slice_ in plan.slices)
+        if not scheduler._waiting or not scheduler._free_rows or num_left == 0:
+            return
+        head = scheduler._waiting[0]
+        num_needed, num_free = -(-head.num_tokens // size), cache.num_free
+        node: int | str = head.salt
+        for start in range(0, (head.num_tokens - 1) // size * size, size):
+            found = cache._nodes.get((node, tuple(head.token_ids[start : start + size])))
+            if found is None or head.prompt_logprobs is not None:
+                break
+            node, block = found
+            num_needed -= 1
+            num_free -= block in cache._free
+        assert num_needed > num_free, head.id
+        self.num_blocked += 1
+
     def run(self) -> None:
         while self.scheduler.has_work:
             assert self.step().slices, "a step without work, though there is a live request"
 
     @property
     def stats(self) -> EngineStats:
-        stats = EngineStats()
-        self.scheduler.fill_stats(stats)
-        return stats
+        return replace(self.scheduler.stats)
 
 
 def expected_events(request: Request, max_model_len: int) -> tuple[list[int], FinishReason]:

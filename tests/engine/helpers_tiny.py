@@ -7,8 +7,9 @@ candidates are closer than `EPSILON`. Only there a mismatch is forgiven, and it 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -200,22 +201,65 @@ class Output:
         assert event.usage.num_generated_tokens == len(self.token_ids)
 
 
+class Cut(BaseException):
+    """What Ctrl-C raises, but not to be mistaken for it."""
+
+
+def cut_at(core: EngineCore, points: Collection[int]) -> None:
+    """Have steps of `core` raise `Cut` at these points, counted over all its steps.
+
+    Points lie before and behind: taking over the plan, planning the attention, the attention of
+    each layer (before which this layer's KV is not written), and noting the sampled tokens.
+    """
+    numbers = itertools.count()
+
+    def pass_point() -> None:
+        if next(numbers) in points:
+            raise Cut
+
+    def guard(owner: object, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            pass_point()
+            result = inner(*args)
+            pass_point()
+            return result
+
+        setattr(owner, name, call)
+
+    attention, state = core._runner._attention, core._runner._state
+    for owner, name in (
+        (state, "apply"),
+        (attention, "plan"),
+        (attention, "forward"),
+        (state, "append"),
+    ):
+        guard(owner, name)
+
+
 def run(
     core: EngineCore,
     requests: list[EngineRequest],
     *,
     arrivals: Mapping[str, int] = MappingProxyType({}),
     aborts: Mapping[str, int] = MappingProxyType({}),
+    cuts: Collection[int] = (),
     on_step: Callable[[EngineCore], None] = lambda core: None,
+    on_cut: Callable[[], None] = lambda: None,
 ) -> dict[str, Output]:
     """Drive the engine to the end, checking its invariants before and after every step.
 
     Args:
         arrivals: the step before which a request is added; 0 if it is not named.
         aborts: the step before which a request is aborted, if it has arrived and lives.
+        cuts: points at which a step is cut off (see `cut_at`); the engine goes on with the next.
         on_step: called after every step.
+        on_cut: called after every step that was cut off.
     """
     outputs: dict[str, Output] = {}
+    if cuts:
+        cut_at(core, cuts)
     todo = sorted(requests, key=lambda request: arrivals.get(request.request_id, 0))
     step = 0
     while todo or core.has_work:
@@ -229,7 +273,11 @@ def run(
             for event in core.abort(request_id)
         ]
         core.scheduler.check()
-        for event in events + core.step():
+        try:
+            events += core.step()
+        except Cut:
+            on_cut()
+        for event in events:
             outputs[event.request_id].push(event)
         core.scheduler.check()
         on_step(core)

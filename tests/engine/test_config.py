@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.engine.config import EngineConfig, resolve_model
+from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
 
 
@@ -37,6 +38,11 @@ def test_every_field_tells_its_flag_and_help(field: dataclasses.Field[Any]) -> N
         ("num_blocks", 0),
         ("num_threads", 0),
         ("seed", -1),
+        ("kv_cache_memory_bytes", 10**400),
+        ("num_blocks", 10**30),
+        ("block_size", 2**63),
+        ("block_size", None),
+        ("num_threads", 10**6),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
@@ -56,6 +62,11 @@ def test_the_pool_has_one_size() -> None:
 def test_auto_is_what_the_checkpoint_has(stored: str, computed: str) -> None:
     resolved = EngineConfig(model="m").resolve(max_context_len=128, checkpoint_dtype=stored)
     assert (resolved.dtype, resolved.max_model_len) == (computed, 128)
+
+
+def test_policies_are_those_of_the_scheduler() -> None:
+    for policy in POLICIES:
+        assert EngineConfig(model="m", scheduling_policy=policy).scheduling_policy == policy
 
 
 def test_given_values_win() -> None:

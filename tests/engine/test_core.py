@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,69 @@ def test_abort_between_steps_frees_at_once(tiny: TinyModel, oracle: Oracle) -> N
     core.add(greedy("gone", PROMPT[:4]))  # its id is free again
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+def test_equal_prompts_in_chunks_that_end_inside_of_blocks(
+    tiny: TinyModel, oracle: Oracle, chunk: int
+) -> None:
+    """A block whose last token is not computed yet must not be read by the next request."""
+    core = tiny.core(block_size=4, num_blocks=200, long_prefill_token_threshold=chunk)
+    requests = [greedy(str(index), PROMPT[:20]) for index in range(12)]
+    arrivals = {str(index): index for index in range(12)}
+    outputs = run(core, requests, arrivals=arrivals)
+    wanted = naive(oracle, requests[0])
+    assert all(output.token_ids == wanted for output in outputs.values())
+    assert core.stats.num_chunks > 12 // chunk
+    assert core.stats.num_prefix_hit_tokens > 0
+
+
+def test_an_answer_is_the_same_alone_and_among_others(tiny: TinyModel) -> None:
+    """33 requests in each step, all with settings of their own; then each in an engine alone."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.05},
+        {"typical_p": 0.8},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.9, "frequency_penalty": 0.5},
+        {"logit_bias": {7: 3.0, 11: -50.0}},
+        {"allowed_token_ids": tuple(range(20))},
+        {"banned_token_ids": tuple(range(0, 60, 2)), "logprobs": 3},
+    ]
+    requests = [
+        EngineRequest(
+            request_id=str(index),
+            prompt_token_ids=PROMPT[index : index + 3 + index % 7],
+            params=SamplingParams(
+                **{
+                    "temperature": 0.5 + index / 20,
+                    "seed": index // 3,  # others have the same seed
+                    "max_tokens": 10,
+                    "ignore_eos": True,
+                    **settings[index % len(settings)],
+                }
+            ),
+        )
+        for index in range(33)
+    ]
+    widths = []
+    together = run(
+        tiny.core(num_blocks=400),
+        requests,
+        on_step=lambda core: widths.append(core.stats.num_running),
+    )
+    assert widths[:-1] == [33] * 9
+    for request in requests:
+        (alone,) = run(tiny.core(), [request]).values()
+        among = together[request.request_id]
+        assert among.token_ids == alone.token_ids, request
+        assert [item.token_id for item in among.logprobs] == [
+            item.token_id for item in alone.logprobs
+        ]
+    assert len({tuple(output.token_ids) for output in together.values()}) > 25
+
+
 def test_a_row_is_used_again(tiny: TinyModel, oracle: Oracle) -> None:
     """What one request's settings and tokens were does not colour the next in its row."""
     core = tiny.core(max_num_seqs=1)
@@ -158,6 +222,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "huge id": ({"prompt_token_ids": [2**70]}, "prompt_token_ids"),
     "too long": ({"prompt_token_ids": [1] * 64}, "prompt_token_ids"),
     "used id": ({"request_id": "good"}, "request_id"),
+    "unhashable id": ({"request_id": ["bad"]}, "request_id"),
+    "priority": ({"priority": "x"}, "priority"),
+    "no priority": ({"priority": None}, "priority"),
+    "huge priority": ({"priority": 2**70}, "priority"),
+    "salt": ({"salt": 0}, "salt"),  # which would be a node of the prefix cache
     "n": ({"params": SamplingParams(n=2)}, "n"),
     "bias": ({"params": SamplingParams(logit_bias={VOCAB: 1.0})}, "logit_bias"),
     "allowed": ({"params": SamplingParams(allowed_token_ids=(VOCAB,))}, "allowed_token_ids"),
@@ -185,20 +254,51 @@ def test_a_bad_request_is_refused_and_others_go_on(
     tiny: TinyModel, oracle: Oracle, bad: str
 ) -> None:
     changes, field = BAD[bad]
-    core = tiny.core()
+    core = tiny.core(scheduling_policy="priority")
     core.add(good := greedy("good", PROMPT[:9]))
     core.step()
+    stats, seeds = replace(core.stats), core._seeds.getstate()
     fields = {"request_id": "bad", "prompt_token_ids": [1, 2], "params": SamplingParams()}
     with pytest.raises(RequestError) as error:
         core.add(EngineRequest(**{**fields, **changes}))
     assert error.value.field == field
     assert f"`{field}`" in error.value.message or isinstance(error.value, ContextTooLong)
+    assert (core.stats, core._seeds.getstate()) == (stats, seeds), "nothing has changed"
     assert core.abort("bad") == []
     core.scheduler.check()
     tokens = naive(oracle, good)[:1]
     while core.has_work:
         tokens += [token_id for event in core.step() for token_id in event.token_ids]
     assert tokens == naive(oracle, good)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "top_k", "seed", "stop_token_ids"])
+def test_numbers_beyond_all_arrays_are_refused(name: str) -> None:
+    fields: dict[str, Any] = {"max_tokens": None, name: (2**70,) if "ids" in name else 2**70}
+    with pytest.raises(RequestError):
+        SamplingParams(**fields)
+
+
+def test_repeated_ids_cost_nothing(tiny: TinyModel) -> None:
+    """However long a list is that comes in, a step never sees more ids than the vocabulary has."""
+    core = tiny.core()
+    ids = (7, 3, 5)
+    params = SamplingParams(
+        temperature=0.0,
+        allowed_token_ids=ids * 1000,
+        banned_token_ids=(9, 9),
+        stop_token_ids=ids[:1] * 1000,
+        logit_bias={5: 1.0},
+    )
+    core.add(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
+    request = core.scheduler._requests["a"]
+    assert request.params.allowed_token_ids == ids
+    assert request.params.banned_token_ids == (9,)
+    assert request.params.stop_token_ids == (7,)
+    assert request.stop_token_ids == {7}
+    assert request.params == replace(
+        params, allowed_token_ids=ids, banned_token_ids=(9,), stop_token_ids=(7,)
+    )
 
 
 def test_extreme_parameters_do_not_stop_a_step(tiny: TinyModel) -> None:

@@ -23,6 +23,7 @@ EVENTS = (
     "hits",
     "chunks",
     "aborts",
+    "cuts",  # steps that were interrupted
     "wide_steps",  # three requests or more at once
     "sampled",
     "logprobs",
@@ -35,6 +36,7 @@ class Scenario(NamedTuple):
     requests: list[EngineRequest]
     arrivals: dict[str, int]
     aborts: dict[str, int]
+    cuts: list[int]
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -110,7 +112,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         arrivals[request.request_id] = draw(st.sampled_from([0, 0, 1, 3, 9]))
         if draw(st.integers(0, 4)) == 4:
             aborts[request.request_id] = draw(st.integers(0, 30))
-    return Scenario(chosen, requests, arrivals, aborts)
+    cuts = draw(st.just([]) | st.lists(st.integers(0, 60), max_size=3))
+    return Scenario(chosen, requests, arrivals, aborts, cuts)
 
 
 def test_tokens_equal_the_naive_loop(tiny: TinyModel, oracle: Oracle) -> None:
@@ -125,7 +128,9 @@ def test_tokens_equal_the_naive_loop(tiny: TinyModel, oracle: Oracle) -> None:
             scenario.requests,
             arrivals=scenario.arrivals,
             aborts=scenario.aborts,
+            cuts=scenario.cuts,
             on_step=lambda core: totals.update(wide_steps=core.stats.num_running > 2),
+            on_cut=lambda: totals.update(cuts=1),
         )
         for request in scenario.requests:
             compare(oracle, request, outputs[request.request_id], totals)

@@ -128,6 +128,18 @@ def test_grow_changes_nothing_where_it_fails() -> None:
     assert (cache.num_free, cache.num_used) == (0, 2)
 
 
+def test_clear_frees_all_blocks_and_forgets_what_they_cache() -> None:
+    cache = KVCache(num_blocks=4, block_size=1, enable_prefix_caching=True)
+    gone, held = make_request([1, 2]), make_request([1, 2])
+    fill(cache, gone)
+    cache.release(gone)
+    fill(cache, held)
+    cache.clear()
+    cache.check([])
+    assert (cache.num_free, cache.num_used) == (4, 0)
+    assert fill(cache, make_request([1, 2, 3])) == []
+
+
 # -- everything at once ----------------------------------------------------------------------------
 
 

@@ -20,7 +20,11 @@ def make_request(params: SamplingParams, num_prompt: int = 3) -> Request:
 def run(params: SamplingParams, token_ids: list[int], max_model_len: int = 100) -> list[object]:
     """The finish reason behind each token."""
     request = make_request(params)
-    return [request.append(token_id, EOS, max_model_len) for token_id in token_ids]
+    finishes: list[object] = []
+    for token_id in token_ids:
+        finishes.append(request.finish_with(token_id, EOS, max_model_len))
+        request.token_ids.append(token_id)
+    return finishes
 
 
 def test_a_new_request_has_everything_to_do() -> None:
@@ -33,7 +37,7 @@ def test_a_new_request_has_everything_to_do() -> None:
 def test_the_prompt_is_copied() -> None:
     prompt = [5, 6]
     asked = EngineRequest(request_id="r", prompt_token_ids=prompt, params=SamplingParams())
-    Request(asked, seed=0, arrival=0, arrival_s=0.0).append(7, EOS, 100)
+    Request(asked, seed=0, arrival=0, arrival_s=0.0).token_ids.append(7)
     assert prompt == [5, 6]
 
 

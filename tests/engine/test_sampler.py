@@ -156,15 +156,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     "top_k_of_all": {"top_k": 10_000},
     "top_p_small": {"top_p": 0.3},
     "top_p_large": {"top_p": 0.97},
+    "top_p_almost_all": {"top_p": 0.995},
     "min_p": {"min_p": 0.2},
     "typical_p": {"typical_p": 0.6},
     "min_p_top_p": {"min_p": 0.001, "top_p": 0.9},
     "truncations": {"min_p": 0.01, "top_k": 30, "top_p": 0.9, "typical_p": 0.8},
     "allowed": {"allowed_token_ids": (9, 2, 5)},
     "banned": {"banned_token_ids": (0, 1, 2)},
-    "min_tokens": {"min_tokens": 4, "stop_token_ids": (5, 10_000)},
+    "min_tokens": {"min_tokens": 4, "stop_token_ids": (5, 7)},
     "logit_bias": {"logit_bias": {3: 4.0, 8: -100.0}},
     "repetition_penalty": {"repetition_penalty": 1.8},
+    "tiny_repetition_penalty": {"repetition_penalty": 1e-50, "banned_token_ids": (3, 5, 7, 9)},
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": -1.5},
     "everything": {
@@ -286,11 +288,22 @@ def test_uniform_is_the_stated_function_and_uniform() -> None:
     assert abs(np.corrcoef(by_seed[:-1].ravel(), by_seed[1:].ravel())[0, 1]) < 0.02
 
 
-def test_draws_at_the_edges_never_give_a_token_of_weight_zero(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"banned_token_ids": (0, 1000), "top_k": k} for k in (3, 4, 6)),
+        *({"top_p": p} for p in (0.5, 0.9, 0.99, 0.995, 0.9999)),
+        {"top_k": 500, "top_p": 0.995},
+        {"min_p": 0.01},
+        {"typical_p": 0.995},
+    ],
+)
+def test_draws_at_the_edges_give_the_first_and_the_last_token_that_stays(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    """So nothing of weight 0 is drawn, and truncation leaves what it has to leave."""
     logits = random_logits(5, 4, 1001, 2.0)
-    rows = [Row(SamplingParams(banned_token_ids=(0, 1000), top_k=3 + i)) for i in range(4)]
+    rows = [Row(SamplingParams(**options))] * 4
     for value in (0.0, 1 - 2.0**-52):
         monkeypatch.setattr(
             sampler, "uniform", lambda seed, position, v=value: np.full(len(seed), v)
@@ -298,6 +311,7 @@ def test_draws_at_the_edges_never_give_a_token_of_weight_zero(
         token_ids, _ = run(logits, rows)
         for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True)):
             kept = np.flatnonzero(oracle_distribution(logits[i], row)[0])
+            assert 0 < len(kept) < 1001
             assert token_id == (kept[0] if value == 0 else kept[-1])
 
 

@@ -102,6 +102,7 @@ def check_all(setting: dict[str, Any], asked: list[dict[str, Any]]) -> None:
     assert stats.num_prefix_hit_tokens <= stats.num_prefix_query_tokens
     for event in ("num_preemptions", "num_chunks", "num_prefix_hit_tokens"):
         seen[event] += getattr(stats, event)
+    seen["blocked"] += engine.num_blocked
     last = [events[-1] for events in engine.events.values()]
     seen["aborts"] += sum(event.finish is FinishReason.ABORT for event in last)
     seen["stops"] += sum(event.finish is FinishReason.STOP for event in last)
@@ -112,7 +113,8 @@ def check_all(setting: dict[str, Any], asked: list[dict[str, Any]]) -> None:
 def test_tokens_do_not_depend_on_the_plans() -> None:
     seen.clear()
     check_all()
-    for event in ("num_preemptions", "num_chunks", "num_prefix_hit_tokens", "aborts", "stops"):
+    events = ("num_preemptions", "num_chunks", "num_prefix_hit_tokens")
+    for event in (*events, "aborts", "stops", "blocked"):
         assert seen[event] > 20, seen
 
 
@@ -218,6 +220,74 @@ def test_preempted_before_its_first_token_and_found_again() -> None:
     engine.run()
     assert (request.num_cached, engine.stats.num_prefix_hit_tokens) == (0, 0)
     check_events(request, engine.events["1"], 16)
+
+
+def test_prompt_logprobs_are_delivered_though_a_preemption_came_first() -> None:
+    engine = Engine(block_size=4, num_blocks=4, max_model_len=16, budget=3, chunk=2)
+    engine.add([1] * 7, max_tokens=5)
+    request = engine.add([1, 2, 3, 4, 5, 6, 7, 8], max_tokens=2, prompt_logprobs=0)
+    while not request.num_preemptions:
+        engine.step()
+    assert request.num_generated == 0
+    assert len(request.prompt_logprobs or ()) > 1, "some of them were known before"
+    engine.run()
+    assert len(engine.events["1"][0].prompt_logprobs or ()) == 8
+    check_events(request, engine.events["1"], 16)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7])
+def test_a_block_is_offered_only_when_it_is_full(chunk: int) -> None:
+    """Chunks end inside of blocks, also of the prompt's last full one, when another comes."""
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for num_steps in range(1, -(-9 // chunk)):
+        engine = Engine(block_size=4, chunk=chunk)
+        first = engine.add(prompt, max_tokens=2)
+        for _ in range(num_steps - 1):
+            engine.step()
+        second = engine.add(prompt, max_tokens=2)
+        engine.step()
+        num_computed = chunk * num_steps
+        assert (first.num_computed, first.num_chained) == (num_computed, num_computed // 4)
+        assert second.num_cached == num_computed // 4 * 4
+        engine.run()
+        for request in (first, second):
+            check_events(request, engine.events[request.id], 64)
+
+
+def test_a_waiting_request_is_admitted_when_others_have_cached_its_prefix() -> None:
+    """Two copies do not fit, but one and the blocks that only the second needs do."""
+    engine = Engine(block_size=4, num_blocks=20, budget=8, chunk=6)
+    prompt = [token_id % VOCAB_SIZE for token_id in range(48)]
+    first, second = engine.add(prompt, max_tokens=16), engine.add(prompt, max_tokens=2)
+    while second.row is None:
+        engine.step()
+    # 8 of 20 blocks are free beside the 12 of the first: 4 must be shared, 16 tokens, 3 chunks.
+    assert len(engine.plans) == 3
+    assert second.num_cached == 16
+    assert first.row is not None
+    engine.run()
+    for request in (first, second):
+        check_events(request, engine.events[request.id], 64)
+
+
+def test_only_the_head_of_the_queue_is_tried_and_not_in_vain() -> None:
+    engine = Engine(block_size=4, num_blocks=4, max_model_len=16)
+    tried = []
+    match = engine.cache.match
+
+    def recorded(request: Request) -> None:
+        tried.append(request.id)
+        match(request)
+
+    engine.add([1] * 11, max_tokens=4)  # goes on into a block of which another would be made
+    for _ in range(300):
+        engine.add([2] * 12)
+    engine.cache.match = recorded  # type: ignore[method-assign]
+    for _ in range(4):
+        engine.step()
+    assert (tried, engine.finished) == (["0", "1"], ["0"])
+    engine.step()
+    assert tried[2] == "1"
 
 
 def test_identical_prompts_of_one_step_are_computed_once() -> None:

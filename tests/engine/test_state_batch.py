@@ -15,8 +15,9 @@ from penstock.attention.kv_store import KVStore
 from penstock.attention.reference import ReferenceAttention
 from penstock.engine.batch import build_batch
 from penstock.engine.plan import Admission, Slice, StepPlan
-from penstock.engine.state import DeviceState, is_special
-from penstock.types import SamplingParams
+from penstock.engine.sampler import sample
+from penstock.engine.state import DeviceState, is_constrained
+from penstock.types import MAX_INT, SamplingParams
 
 NUM_ROWS, MAX_LEN = 4, 24
 
@@ -62,7 +63,7 @@ def test_every_seed_has_its_own_bits(seed: int) -> None:
     assert int(state.seed[0]) == seed % 2**64
 
 
-# A row that sets only these is sampled without a look at its parameters.
+# A row that sets only these has its logits drawn from as they are.
 PLAIN: dict[str, Any] = {
     "max_tokens": 3,
     "temperature": 0.3,
@@ -72,36 +73,113 @@ PLAIN: dict[str, Any] = {
     "ignore_eos": True,
     "seed": 4,
     "prompt_logprobs": 2,
+    "logprobs": 0,
+    "min_p": 0.1,
+    "typical_p": 0.9,
     "n": 2,
     "stop": ("x",),
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
 }
-SPECIAL: dict[str, Any] = {
+CONSTRAINED: dict[str, Any] = {
     "min_tokens": 1,
-    "min_p": 0.1,
-    "typical_p": 0.9,
     "repetition_penalty": 1.2,
     "presence_penalty": -0.5,
     "frequency_penalty": 0.5,
     "logit_bias": {3: 1.0},
     "allowed_token_ids": (1, 2),
     "banned_token_ids": (4,),
-    "logprobs": 0,
 }
 
 
-def test_special_is_known_for_every_parameter() -> None:
+def test_constrained_is_known_for_every_parameter() -> None:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert fields == set(PLAIN) | set(SPECIAL), "a new parameter must be put into one of the two"
-    assert not is_special(SamplingParams(**PLAIN))
-    for name, value in SPECIAL.items():
-        assert is_special(SamplingParams(**{name: value})), name
+    assert fields == set(PLAIN) | set(CONSTRAINED), "a new parameter must be put into one of them"
+    assert not is_constrained(SamplingParams(**PLAIN))
+    for name, value in CONSTRAINED.items():
+        assert is_constrained(SamplingParams(**{name: value})), name
+
+
+# What `SamplingParams` takes and arrays of 32 bits might not.
+EXTREMES: dict[str, list[Any]] = {
+    "max_tokens": [1, MAX_INT],
+    "min_tokens": [0, MAX_INT],
+    "temperature": [0, 5e-324, 1e-5, 100],
+    "top_k": [0, MAX_INT],
+    "top_p": [5e-324, 1],
+    "min_p": [5e-324, 1],
+    "typical_p": [5e-324, 1],
+    "repetition_penalty": [5e-324, 1e-50, 1e-45, 1e-39, 1e-30, 10],
+    "presence_penalty": [-2, 2],
+    "frequency_penalty": [-2, 2],
+    "logit_bias": [{}, {0: 100, 6: -100}],
+    "allowed_token_ids": [(2, 6), (2, 2, 6)],
+    "banned_token_ids": [(), (0, 1, 3, 4, 5), (5,) * 1000],
+    "stop_token_ids": [(), (0, 1, 3, 4, 5), (5,) * 1000],
+    "seed": [-(2**63), 2**63 - 1],
+    "logprobs": [0, 7],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0, 100.0])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in EXTREMES for value in EXTREMES[name]]
+)
+def test_extreme_parameters_are_sampled_with(name: str, value: Any, temperature: float) -> None:
+    """A token that may be sampled comes out, and NumPy does not warn."""
+    common = {"temperature": temperature, "max_tokens": None, "banned_token_ids": (5,)}
+    params = SamplingParams(**common | {name: value})
+    state = DeviceState(1, MAX_LEN, 4)
+    state.apply(StepPlan([], [Admission(0, [1, 2, 5, 5, 6], 3, params, seed=1)], [], []))
+    logits = torch.linspace(-30, 60, 7)[None]
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        token_id = int(sample(logits, np.array([0]), state, (6,)).token_ids[0])
+    assert token_id not in params.banned_token_ids
+    assert params.allowed_token_ids is None or token_id in params.allowed_token_ids
+    assert token_id != 6 or not params.min_tokens
+
+
+def test_a_penalty_of_nearly_nothing_excludes_nothing() -> None:
+    """What may not be sampled stays so, however small a penalty makes it."""
+    params = SamplingParams(
+        temperature=0, repetition_penalty=1e-50, allowed_token_ids=(2, 3), banned_token_ids=(3,)
+    )
+    state = DeviceState(1, MAX_LEN, 4)
+    state.apply(StepPlan([], [Admission(0, [0, 1, 3], 3, params, seed=1)], [], []))
+    for logits in (torch.linspace(-1, 1, 5), -torch.linspace(1, 2, 5)):
+        assert sample(logits[None], np.array([0]), state, ()).token_ids.tolist() == [2]
+
+
+def test_token_ids_become_arrays_when_the_row_is_taken() -> None:
+    """A step that made them again would take a second for a million."""
+    params = SamplingParams(
+        min_tokens=4,
+        temperature=0,
+        logit_bias={3: 1.0},
+        allowed_token_ids=(2, 3, 4),
+        banned_token_ids=(3,),
+        stop_token_ids=(4,),
+    )
+    state = DeviceState(1, MAX_LEN, 4)
+    state.apply(StepPlan([], [Admission(0, [1], 1, params, seed=1)], [], []))
+    for name in ("allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+        object.__setattr__(params, name, (0, 1))  # nobody looks at these again
+    for _ in range(3):
+        sampled = sample(torch.zeros(1, 6), np.array([0]), state, (0,))
+        assert sampled.token_ids.tolist() == [2]
+        state.append(np.array([0]), sampled.token_ids)
+    state.apply(StepPlan([], [], [0], []))
+    assert state.token_rules[0].allowed is None, "a free row holds no arrays"
+    state.apply(StepPlan([], [admission(0, [1], banned_token_ids=(5,))], [], []))
+    rules = state.token_rules[0]
+    assert rules.allowed is None, "nothing of the request before"
+    assert [array.tolist() for array in rules[1:]] == [[5], [], [], []]
 
 
 def test_memory_is_as_announced() -> None:
-    state = DeviceState(8, 1000, 16)
-    assert state.num_bytes == pytest.approx(DeviceState.bytes_for(8, 1000, 16), rel=0.01)
+    arrays = vars(DeviceState(8, 1000, 16)).values()
+    num_bytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    assert num_bytes == pytest.approx(DeviceState.bytes_for(8, 1000, 16), rel=0.01)
 
 
 @st.composite

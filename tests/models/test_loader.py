@@ -74,6 +74,21 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     assert "unreadable: `lm_head.weight` is of type I8" in message
 
 
+def test_many_problems_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    content = tensors() | {f"stray.{i:02}": torch.zeros(1) for i in range(25)}
+    with pytest.raises(WeightMismatch) as caught:
+        load_model(write(tmp_path, content, num_hidden_layers=4), dtype=torch.float32)
+    lines = caught.value.message.splitlines()
+    assert lines[0].startswith(f"`{3 * 9 + 25}` weights")
+    assert [line.strip() for line in lines if "more" in line] == [
+        "missing: and 7 more",
+        "unexpected: and 5 more",
+    ]
+    assert sum("missing: `" in line for line in lines) == 20
+    assert sum("unexpected: `" in line for line in lines) == 20
+    assert len(lines) == 1 + 2 * 21
+
+
 def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     content = tensors()
     plain = logits(write(tmp_path, content))
@@ -116,12 +131,21 @@ def test_shards_follow_the_index(tmp_path: Path) -> None:
         load_model(tmp_path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("index", [[], {}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x"}}])
+@pytest.mark.parametrize(
+    "index",
+    [
+        [],
+        {},
+        {"weight_map": {"a": 1}},
+        *({"weight_map": {"a": name}} for name in ("../x", "x" * 5000, "\ud800", "a\0", "")),
+    ],
+)
 def test_a_bad_index_is_refused(tmp_path: Path, index: Any) -> None:
     write(tmp_path, tensors())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelLoadError):
+    with pytest.raises(ModelLoadError) as caught:
         load_model(tmp_path, dtype=torch.float32)
+    caught.value.message.encode()  # it can be printed
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -189,6 +213,9 @@ def test_read_config_errors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelLoadError, match="is not JSON"):
         read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ModelLoadError, match="is not JSON"):
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ModelLoadError, match="JSON object"):
         read_config(tmp_path)
@@ -211,16 +238,20 @@ def test_read_config_errors(tmp_path: Path) -> None:
 def test_eos_ids_are_merged(
     tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 10, "eos_token_id": config}))
     if generation is not None:
         content = json.dumps({"eos_token_id": generation})
         (tmp_path / "generation_config.json").write_text(content)
     assert read_generation_eos(tmp_path) == expected
 
 
-@pytest.mark.parametrize("value", ["2", [1, "x"], -1, 1.5, True])
+@pytest.mark.parametrize("value", ["2", [1, "x"], -1, 1.5, True, 10, [2, 10**400]])
 def test_bad_eos_ids_are_refused(tmp_path: Path, value: Any) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 10, "eos_token_id": value}))
+    with pytest.raises(ModelLoadError, match="`eos_token_id`"):
+        read_generation_eos(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 10, "eos_token_id": 9}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ModelLoadError, match="`eos_token_id`"):
         read_generation_eos(tmp_path)
 

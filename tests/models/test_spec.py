@@ -99,6 +99,17 @@ def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
         ("rope_scaling", {"rope_type": "linear", "factor": -1}, "rope_scaling.factor"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary"),
         ("sliding_window", 4096, "sliding_window"),
+        ("vocab_size", 10**400, "vocab_size"),
+        ("num_hidden_layers", 10**400, "num_hidden_layers"),
+        ("num_hidden_layers", 30_000, "num_hidden_layers"),
+        ("max_position_embeddings", 10**400, "max_position_embeddings"),
+        ("rope_theta", 10**400, "rope_theta"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps"),
+        (
+            "rope_scaling",
+            {**CONFIG["rope_scaling"], "low_freq_factor": 4.0},
+            "rope_scaling.low_freq_factor",
+        ),
         ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
         ("rope_interleaved", True, "rope_interleaved"),
         ("architectures", None, "architectures"),
@@ -110,3 +121,4 @@ def test_what_is_not_implemented_is_named(key: str, value: Any, named: str) -> N
     with pytest.raises(UnsupportedModel) as caught:
         ModelSpec.from_hf(CONFIG | {key: value})
     assert f"`{named}" in caught.value.message
+    assert len(caught.value.message) < 300

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from penstock.attention import PIECE_LEN
 from penstock.attention.base import AttentionLayer, AttentionShape, ForwardBatch
 
 # Rows of one query are gathered in groups of about this size: small enough to stay in the cache
 # between the gather and the products, large enough to hide the cost of a call. Bounds padding too.
 GROUP_BYTES = 4 << 20
-# Queries of a longer slice that are computed at once; bounds the scores and the mask.
-PIECE_LEN = 256
 
 
 class _Group(NamedTuple):

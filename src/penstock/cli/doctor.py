@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from importlib import metadata
@@ -13,8 +12,8 @@ from typing import Any
 import click
 
 import penstock
+from penstock import hardware
 
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "starlette", "uvicorn")
 
 
@@ -45,15 +44,11 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def _machine() -> dict[str, Any]:
-    cpu = _proc("/proc/cpuinfo")
-    memory = _proc("/proc/meminfo")
-    flags = set(cpu.get("flags", "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
-        "usable cores": cores,
-        "features": " ".join(name for name in CPU_FEATURES if name in flags) or "none of note",
-        "memory available": _gib(memory.get("MemAvailable", "")),
+        "cpu": hardware.cpu_name(),
+        "usable cores": hardware.num_usable_cores(),
+        "features": " ".join(hardware.cpu_features()) or "none of note",
+        "memory available": f"{hardware.available_memory_bytes() / 2**30:.1f} GiB",
     }
 
 
@@ -81,24 +76,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _proc(path: str) -> dict[str, str]:
-    """The first value of every key of a file such as /proc/cpuinfo; empty off Linux."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return {}
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    return found
-
-
-def _gib(kilobytes: str) -> str:
-    digits = kilobytes.split()
-    return f"{int(digits[0]) / 2**20:.1f} GiB" if digits else "unknown"
 
 
 def _mib(directory: Path) -> str:

@@ -75,6 +75,8 @@ class StreamingClient:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._dead: ErrorReport | None = ErrorReport("EngineDead", "The engine was not started.")
+        self._is_over = False  # it has stopped, or will, and `_dead` says why
+        self._loaded: asyncio.Future[None] | None = None  # what `start` waits for
         self._streams: dict[str, _Stream] = {}
 
     @property
@@ -100,9 +102,10 @@ class StreamingClient:
         """
         if (dead := self.dead) is not None:
             raise dead
-        if request.request_id in self._streams:
+        if not isinstance(request.request_id, str) or request.request_id in self._streams:
             raise InvalidField(
-                f"`request_id` is `{request.request_id}`, which is in use.", field="request_id"
+                f"`request_id` is `{request.request_id!r}`; it must be a string not in use.",
+                field="request_id",
             )
         self._send(Submit(request))
         stream = self._streams[request.request_id] = _Stream()
@@ -117,8 +120,27 @@ class StreamingClient:
         """Hand a command to the engine without waiting."""
         raise NotImplementedError
 
+    def _expect_start(self) -> asyncio.Future[None]:
+        """What `start` must wait for; `_started`, `_die` and `_settle` end the wait."""
+        assert self._loaded is None, "a client starts once"
+        self._loaded = asyncio.get_running_loop().create_future()
+        if self._is_over:
+            self._settle(self.dead)
+        return self._loaded
+
+    def _settle(self, error: Exception | None) -> None:
+        """Let `start` return or raise, if it still waits."""
+        if self._loaded is None or self._loaded.done():
+            return
+        if error is None:
+            self._loaded.set_result(None)
+        else:
+            self._loaded.set_exception(error)
+
     def _started(self, info: EngineInfo, stats: EngineStats) -> None:
-        self._info, self._stats, self._dead = info, stats, None
+        if not self._is_over:  # else it was shut down meanwhile
+            self._info, self._stats, self._dead = info, stats, None
+            self._settle(None)
 
     def _update(self, update: Update) -> None:
         """Give the events of one step to their readers."""
@@ -135,8 +157,9 @@ class StreamingClient:
 
     def _die(self, report: ErrorReport) -> None:
         """The engine has stopped, or will: every open request ends with the first cause."""
-        if self._dead is None or self._info is None:
-            self._dead = report
+        if self._dead is None or not self._is_over:
+            self._dead, self._is_over = report, True
+            self._settle(report.error)
         while self._streams:
             self._streams.popitem()[1].fail(self._dead)
 
@@ -208,9 +231,7 @@ class ThreadClient(StreamingClient):
 
     async def start(self) -> None:
         """Load the model on the engine's thread, and begin to step. Raises what loading raises."""
-        assert self._thread is None, "a client starts once"
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[None] = loop.create_future()
+        loaded, loop = self._expect_start(), asyncio.get_running_loop()
 
         def post(function: Callable[..., None], *args: object) -> None:
             if not loop.is_closed():
@@ -219,7 +240,7 @@ class ThreadClient(StreamingClient):
         self._engine = EngineLoop(lambda update: post(self._update, update))
         self._thread = threading.Thread(
             target=self._run,
-            args=(self._engine, post, loaded),
+            args=(self._engine, post),
             name="penstock-engine",
             daemon=True,
         )
@@ -237,31 +258,19 @@ class ThreadClient(StreamingClient):
         assert self._engine is not None
         self._engine.send(command)
 
-    def _run(
-        self, engine: EngineLoop, post: Callable[..., None], loaded: asyncio.Future[None]
-    ) -> None:
+    def _run(self, engine: EngineLoop, post: Callable[..., None]) -> None:
         """The engine's thread."""
         try:
             core = _load(self._source)
         except Exception as error:  # noqa: BLE001 - `start` raises it
-            post(_settle, loaded, error)
+            post(self._settle, error)
             return
         post(self._started, core.info, copy.copy(core.stats))
-        post(_settle, loaded, None)
         try:
             engine.run(core)
         except Exception as error:
             logger.exception("The engine stopped.")
             post(self._die, ErrorReport.of_death(error))
-
-
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():  # `start` was cancelled
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
 
 
 def _load(source: EngineConfig | Callable[[], Core]) -> Core:

@@ -2,24 +2,30 @@
 
 Owns names, defaults, help and range checks; `penstock.cli` makes its options from the fields.
 Knows neither files nor torch nor memory; what a checkpoint says, it is told.
-Invariant: a config that `resolve` has returned holds no "auto" and no open `max_model_len`.
+Invariant: a config that `resolve` has returned has a `dtype` and a `max_model_len`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy")
-SCHEDULING_POLICIES = ("fcfs", "priority")
+MAX_INT = 2**63 - 1  # what messages and arithmetic can take; far beyond any use
 
 
 def _option(default: Any, flag: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+
+
+def _number(default: int | None, flag: str, help: str, low: int = 1, high: int = MAX_INT) -> Any:
+    limits = {"flag": flag, "help": help, "choices": None, "low": low, "high": high}
+    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +36,8 @@ class EngineConfig:
         ConfigError: a value is out of range, or two values cannot be combined.
     """
 
-    model: str = field(
-        metadata={
-            "flag": "--model",
-            "help": "directory of a checkpoint, or name of a built-in model",
-            "choices": None,
-        }
+    model: str = _option(
+        MISSING, "--model", "directory of a checkpoint, or name of a built-in model"
     )
     dtype: str = _option(
         "auto", "--dtype", "type of weights and KV cache; auto: what the checkpoint has", DTYPES
@@ -43,71 +45,50 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "--load-format", "auto: safetensors; dummy: random weights", LOAD_FORMATS
     )
-    max_model_len: int | None = _option(
-        None, "--max-model-len", "tokens of prompt and answer together; default: the model's"
+    max_model_len: int | None = _number(  # at least one token in, one token out
+        None, "--max-model-len", "tokens of prompt and answer together; default: the model's", 2
     )
-    block_size: int = _option(16, "--block-size", "tokens a KV cache block; 1 = token attention")
-    max_num_seqs: int = _option(64, "--max-num-seqs", "requests that run at the same time")
-    max_num_batched_tokens: int = _option(
+    block_size: int = _number(16, "--block-size", "tokens a KV cache block; 1 = token attention")
+    max_num_seqs: int = _number(64, "--max-num-seqs", "requests that run at the same time")
+    max_num_batched_tokens: int = _number(
         2048, "--max-num-batched-tokens", "tokens computed in one step"
     )
-    long_prefill_token_threshold: int = _option(
-        0, "--long-prefill-token-threshold", "tokens of one request in one step; 0 = no cap"
+    long_prefill_token_threshold: int = _number(
+        0, "--long-prefill-token-threshold", "tokens of one request in one step; 0 = no cap", 0
     )
     enable_prefix_caching: bool = _option(
         True, "--enable-prefix-caching", "keep the KV of finished requests for equal prefixes"
     )
-    kv_cache_memory_bytes: int | None = _option(
+    kv_cache_memory_bytes: int | None = _number(
         None, "--kv-cache-memory-bytes", "memory of the KV cache; default: from free memory"
     )
-    num_blocks: int | None = _option(
+    num_blocks: int | None = _number(
         None, "--num-blocks", "exact number of KV cache blocks, instead of bytes"
     )
     scheduling_policy: str = _option(
-        "fcfs", "--scheduling-policy", "who goes first when not all can", SCHEDULING_POLICIES
+        "fcfs", "--scheduling-policy", "who goes first when not all can", tuple(POLICIES)
     )
-    seed: int = _option(0, "--seed", "draws the seeds of requests that bring none")
-    num_threads: int | None = _option(
-        None, "--num-threads", "CPU threads of the model; default: all cores"
+    seed: int = _number(0, "--seed", "draws the seeds of requests that bring none", 0)
+    num_threads: int | None = _number(
+        None, "--num-threads", "CPU threads of the model; default: all cores", 1, 4096
     )
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("block_size", 1),
-            ("max_num_seqs", 1),
-            ("max_num_batched_tokens", 1),
-            ("long_prefill_token_threshold", 0),
-            ("seed", 0),
-        ):
-            self._check_int(name, low)
-        for name, low in (
-            ("max_model_len", 2),  # one token in, one token out
-            ("kv_cache_memory_bytes", 1),
-            ("num_blocks", 1),
-            ("num_threads", 1),
-        ):
-            if getattr(self, name) is not None:
-                self._check_int(name, low)
-        for name, known in (
-            ("dtype", DTYPES),
-            ("load_format", LOAD_FORMATS),
-            ("scheduling_policy", SCHEDULING_POLICIES),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"`{name}` is `{getattr(self, name)}`; it must be one of {_names(known)}."
-                )
+        for option in fields(self):
+            value, told = getattr(self, option.name), option.metadata
+            low, high = told.get("low", 0), told.get("high", 0)
+            if (choices := told["choices"]) is not None:
+                is_right, wanted = value in choices, f"one of {_names(choices)}"
+            else:
+                is_open = "low" not in told or (value is None and option.default is None)
+                is_right = is_open or (type(value) is int and low <= value <= high)
+                wanted = f"an integer in [{low}, {high}]"
+            if not is_right:
+                raise ConfigError(f"`{option.name}` is `{value}`; it must be {wanted}.")
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError(
                 "`num_blocks` and `kv_cache_memory_bytes` both give the size of the KV cache.",
                 hint="set one of them",
-            )
-
-    def _check_int(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigError(
-                f"`{name}` is `{value!r}`; it must be an integer of at least `{low}`."
             )
 
     @property

@@ -2,8 +2,8 @@
 
 Owns the scheduler and the runner, checks what comes in, and counts. Text, stop strings, threads
 and processes are in front of it (`penstock.text`, `penstock.engine.client`).
-Invariant: a request that `add` refuses leaves no trace, and one that it takes cannot make a step
-fail: all that a request can get wrong is found here.
+Invariant: a request that `add` refuses leaves no trace, and a step that fails or is interrupted
+leaves an engine that goes on with the requests it has.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from penstock.engine.config import EngineConfig, resolve_model
 from penstock.engine.kv_cache import KVCache
-from penstock.engine.memory import available_memory_bytes, plan_memory
+from penstock.engine.memory import plan_memory
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.state import DeviceState
-from penstock.errors import ContextTooLong, InvalidField
+from penstock.errors import ContextTooLong, InvalidField, UnsupportedModel
+from penstock.hardware import available_memory_bytes
 from penstock.models.files import read_config, read_generation_eos
 from penstock.models.spec import ModelSpec
 from penstock.types import (
+    MAX_INT,
     MAX_SEED,
     EngineInfo,
     EngineRequest,
-    EngineStats,
     SamplingParams,
     TokenEvent,
 )
@@ -45,12 +46,7 @@ if TYPE_CHECKING:
 class EngineCore:
     """One model that serves many requests. Not thread-safe: one thread calls it."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        info: EngineInfo,
-        runner: Runner,
-    ) -> None:
+    def __init__(self, config: EngineConfig, info: EngineInfo, runner: Runner) -> None:
         """Put an engine together from its parts; `from_config` makes them from a checkpoint.
 
         Args:
@@ -59,7 +55,6 @@ class EngineCore:
             runner: made for this engine alone.
         """
         self.info = info
-        self.stats = EngineStats()
         self.scheduler = Scheduler(
             KVCache(info.num_blocks, info.block_size, config.enable_prefix_caching),
             POLICIES[config.scheduling_policy](),
@@ -69,7 +64,7 @@ class EngineCore:
             eos_token_ids=info.eos_token_ids,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
-        self.scheduler.fill_stats(self.stats)
+        self.stats = self.scheduler.stats
         self._runner = runner
         self._seeds = random.Random(config.seed)
         self._num_arrived = 0
@@ -118,40 +113,40 @@ class EngineCore:
         Raises:
             RequestError: it is wrong, and the engine is as it was.
         """
+        _check_address(request)
         if request.request_id in self.scheduler:
             raise InvalidField(
                 f"`request_id` is `{request.request_id}`, which is in use.", field="request_id"
             )
         prompt = _check_prompt(request.prompt_token_ids, self.info)
-        _check_params(request.params, self.info)
+        params = _check_params(request.params, self.info)
         seed = request.params.seed
         if seed is None:
             seed = self._seeds.randrange(MAX_SEED)
-        self.scheduler.add(
-            Request(
-                replace(request, prompt_token_ids=prompt),
-                seed=seed,
-                arrival=self._num_arrived,
-                arrival_s=time.monotonic(),
-            )
-        )
+        request = replace(request, prompt_token_ids=prompt, params=params)
+        arrival = self._num_arrived
+        self.scheduler.add(Request(request, seed=seed, arrival=arrival, arrival_s=time.monotonic()))
         self._num_arrived += 1
-        self.scheduler.fill_stats(self.stats)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now and free what it holds: its last event, or none if it is not live."""
         event = self.scheduler.abort(request_id)
-        self.scheduler.fill_stats(self.stats)
         return [] if event is None else [event]
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch: the events of all requests that got a token."""
+        """Compute one batch: the events of all requests that got a token.
+
+        Whatever it raises, KeyboardInterrupt included, all requests wait again and the next step
+        may be made. If it was cut off behind the model, some of its events may be lost.
+        """
         if not self.scheduler.has_work:
             return []
-        plan = self.scheduler.schedule()
-        result = self._runner.execute(plan)
-        events = self.scheduler.commit(plan, result)
-        self.scheduler.fill_stats(self.stats)
+        try:
+            plan = self.scheduler.schedule()
+            events = self.scheduler.commit(plan, self._runner.execute(plan))
+        except BaseException:  # the prefix cache holds what may never have been computed
+            self.scheduler.restart()
+            raise
         self.stats.last_step_s = time.monotonic()
         return events
 
@@ -184,11 +179,14 @@ def _load(
             torch.set_num_threads(config.num_threads)
         dtype = getattr(torch, config.dtype)
         model = load_model(path, dtype=dtype, load_format=config.load_format)
-    with _timed(phases, "kv"):
         spec, num_slots = model.spec, num_blocks * config.block_size
+        attention = ReferenceAttention()
+        if reasons := attention.unsupported(spec, dtype):
+            raise UnsupportedModel(f"No attention can serve this model: {'; '.join(reasons)}.")
+    with _timed(phases, "kv"):
         kv = KVStore(spec.num_layers, num_slots, spec.num_kv_heads, spec.head_dim, dtype)
         state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
-        runner = Runner(model, state, kv, ReferenceAttention(), eos_token_ids)
+        runner = Runner(model, state, kv, attention, eos_token_ids)
     with _timed(phases, "warmup"):
         _warm_up(runner, config.context_len, config.block_size)
     return runner
@@ -203,6 +201,15 @@ def _warm_up(runner: Runner, max_model_len: int, block_size: int) -> None:
     if num_tokens + 2 <= max_model_len:
         runner.execute(StepPlan([Slice(0, num_tokens, 1)], [], [], []))
     runner.execute(StepPlan([], [], [0], []))
+
+
+def _check_address(request: EngineRequest) -> None:
+    """Who asks, and where that is put in the queue and in the prefix cache."""
+    for name, kind in (("request_id", str), ("salt", str), ("priority", int)):
+        value = getattr(request, name)
+        if type(value) is not kind or (kind is int and abs(int(value)) > MAX_INT):
+            wanted = "a string" if kind is str else f"an integer in [{-MAX_INT}, {MAX_INT}]"
+            raise InvalidField(f"`{name}` is `{value!r}`; it must be {wanted}.", field=name)
 
 
 def _check_prompt(token_ids: Sequence[int], info: EngineInfo) -> list[int]:
@@ -226,8 +233,11 @@ def _check_prompt(token_ids: Sequence[int], info: EngineInfo) -> list[int]:
     return prompt
 
 
-def _check_params(params: SamplingParams, info: EngineInfo) -> None:
-    """What of the parameters depends on the model. Ranges are checked by `SamplingParams`."""
+def _check_params(params: SamplingParams, info: EngineInfo) -> SamplingParams:
+    """The parameters without repeated ids, if they suit the model. `SamplingParams` checks ranges.
+
+    Every id is in the vocabulary, so that no list of ids is longer than that.
+    """
     from penstock.engine.sampler import check_choice  # with torch, which a runner has loaded
 
     if params.n != 1:
@@ -242,6 +252,12 @@ def _check_params(params: SamplingParams, info: EngineInfo) -> None:
                 field=name,
             )
     check_choice(params, info.eos_token_ids, info.vocab_size)
+    distinct: dict[str, Any] = {
+        name: tuple(dict.fromkeys(getattr(params, name)))
+        for name in ("allowed_token_ids", "banned_token_ids", "stop_token_ids")
+        if getattr(params, name)
+    }
+    return replace(params, **distinct) if distinct else params
 
 
 def _check_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:

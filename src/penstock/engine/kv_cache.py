@@ -25,14 +25,21 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._references = [0] * num_blocks
+        # Blocks ever released and nodes ever made (it numbers them, too). To a request that lacks n
+        # blocks, each of either gives one at most: until this has grown by n, it need not try.
+        self.num_gains = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Free all blocks and forget what they cache; requests must forget theirs as well."""
+        self.num_gains += self.num_blocks
+        self._references = [0] * self.num_blocks
         # Blocks without references, to be reused from the front: those that cache nothing first,
         # then the least recently used. A cached one keeps its node until it is reused.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         self._nodes: dict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = {}
         # The inverse of `_nodes`: the key under which a block is cached.
-        self._keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * num_blocks
-        self._num_nodes = 0  # ever made
+        self._keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * self.num_blocks
 
     @property
     def num_free(self) -> int:
@@ -88,7 +95,8 @@ class KVCache:
         """Offer the full blocks among the request's first `num_tokens` tokens to other requests.
 
         Their KV is computed, or will be in the step that is being planned: a layer writes the KV of
-        the whole step before it attends, so a request admitted to the same step may read it.
+        the whole step before it attends, so a request admitted to the same step may read it. If
+        that step is not carried out to its end, what was offered is false: `clear` the cache.
 
         A block whose tokens are cached already stays a private copy (tables only grow), and the
         chain goes on below the node that is there: equal prefixes have one chain.
@@ -102,9 +110,9 @@ class KVCache:
             found = self._nodes.get(key)
             if found is None:
                 block = request.blocks[index]
-                found = self._nodes[key] = (self._num_nodes, block)
+                found = self._nodes[key] = (self.num_gains, block)
                 self._keys[block] = key
-                self._num_nodes += 1
+                self.num_gains += 1
             node = found[0]
         request.node, request.num_chained = node, num_full
 
@@ -117,6 +125,7 @@ class KVCache:
         for block in reversed(request.blocks):
             references[block] -= 1
             if references[block] == 0:
+                self.num_gains += 1
                 free[block] = None
                 if keys[block] is None:
                     free.move_to_end(block, last=False)

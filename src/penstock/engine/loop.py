@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import queue
+import traceback
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, Protocol, final
 
 import msgspec
@@ -62,6 +64,13 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 Command = Submit | Abort | Stop
 
 
+class Refuse(msgspec.Struct, frozen=True):
+    """Answer that this request cannot be read: put into the loop by who reads, never sent."""
+
+    request_id: str
+    report: ErrorReport
+
+
 class ErrorReport(msgspec.Struct, frozen=True):
     """An exception as a value; `error` makes it an exception again, a new one for each reader."""
 
@@ -84,8 +93,17 @@ class ErrorReport(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_death(cls, error: Exception) -> ErrorReport:
-        """EngineDead that names what stopped the engine."""
-        return cls("EngineDead", f"The engine stopped with `{type(error).__name__}: {error}`.")
+        """EngineDead that names what stopped the engine, and where.
+
+        Without the exception's own words: clients read this, and they may quote a prompt.
+        """
+        kind = type(error).__name__
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        path = "".join(
+            f" in `{frame.name}` ({PurePath(frame.filename).name}:{frame.lineno})"
+            for frame in reversed(frames)
+        )
+        return cls("EngineDead", f"The engine stopped with `{kind}`{path}; its log says more.")
 
     @property
     def error(self) -> PenstockError:
@@ -124,9 +142,9 @@ class EngineLoop:
             deliver: called by the thread in `run`, once a turn.
         """
         self._deliver = deliver
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | Refuse] = queue.SimpleQueue()
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Command | Refuse) -> None:
         """Have `command` done before the next step."""
         self._commands.put(command)
 
@@ -141,6 +159,8 @@ class EngineLoop:
                     return
                 if isinstance(command, Abort):
                     events += core.abort(command.request_id)
+                elif isinstance(command, Refuse):
+                    refused[command.request_id] = command.report
                 else:
                     try:
                         core.add(command.request)
@@ -151,7 +171,7 @@ class EngineLoop:
                 events += core.step()
             self._deliver(Update(events, refused, copy.copy(core.stats)))
 
-    def _next(self, *, wait: bool) -> Command | None:
+    def _next(self, *, wait: bool) -> Command | Refuse | None:
         try:
             return self._commands.get(block=wait)
         except queue.Empty:

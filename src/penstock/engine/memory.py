@@ -7,11 +7,9 @@ Invariant: a plan that is returned has room for at least one request of `max_mod
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
+from penstock.attention import PIECE_LEN
 from penstock.engine.config import EngineConfig
 from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
@@ -19,9 +17,8 @@ from penstock.models.spec import ITEM_BYTES, ModelSpec
 
 RUNTIME_BYTES = 400 * 2**20  # Python, torch and its libraries, measured
 KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
-QUERY_PIECE_LEN = 256  # queries that attention computes at once
-LOGIT_PIECE_LEN = 256  # prompt positions whose logits are held at once
-LOGIT_BYTES = 24  # a logit: itself, its softmax, sorted value, sorted index and running sum
+PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are held at the same time
+LOGIT_BYTES = 28  # a logit: itself, its softmax, sorted, running sums; measured with top-k
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +27,12 @@ class MemoryPlan:
 
     weight_bytes: int
     workspace_bytes: int  # activations, logits and device state at the largest step
+    kv_bytes: int  # num_blocks * block_bytes
+    total_bytes: int  # these three and `RUNTIME_BYTES`
     block_bytes: int  # of one KV block over all layers
     num_blocks: int
     available_bytes: int
     lines: tuple[str, ...]  # the arithmetic, for people
-
-    @property
-    def kv_bytes(self) -> int:
-        """Memory of the KV pool."""
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return RUNTIME_BYTES + self.weight_bytes + self.workspace_bytes + self.kv_bytes
 
 
 def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> MemoryPlan:
@@ -61,7 +50,8 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     workspace_bytes = _workspace_bytes(spec, config, item_bytes)
     left_bytes = available_bytes - RUNTIME_BYTES - weight_bytes - workspace_bytes
     num_blocks = _num_blocks(config, block_bytes, left_bytes)
-    total_bytes = RUNTIME_BYTES + weight_bytes + workspace_bytes + num_blocks * block_bytes
+    kv_bytes = num_blocks * block_bytes
+    total_bytes = RUNTIME_BYTES + weight_bytes + workspace_bytes + kv_bytes
     copied = f" + {spec.num_copied:,} packed for the head" if spec.num_copied else ""
     lines = (
         f"weights    {_size(weight_bytes)} = {spec.num_parameters:,} parameters{copied} "
@@ -69,13 +59,12 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
         f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
         f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
         f"runtime    {_size(RUNTIME_BYTES)} for Python and torch",
-        f"KV cache   {_size(num_blocks * block_bytes)} = {num_blocks:,} blocks "
+        f"KV cache   {_size(kv_bytes)} = {num_blocks:,} blocks "
         f"x {config.block_size} tokens x {block_bytes // config.block_size:,} bytes",
         f"total      {_size(total_bytes)} of {_size(available_bytes)} available",
     )
-    plan = MemoryPlan(
-        weight_bytes, workspace_bytes, block_bytes, num_blocks, available_bytes, lines
-    )
+    sizes = (weight_bytes, workspace_bytes, kv_bytes, total_bytes, block_bytes)
+    plan = MemoryPlan(*sizes, num_blocks, available_bytes, lines)
     if total_bytes > available_bytes:
         raise NotEnoughMemory(
             "The memory plan does not fit:\n" + "\n".join(lines),
@@ -84,44 +73,15 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     return plan
 
 
-def available_memory_bytes() -> int:
-    """Memory that this process may still take: what the system has free, within its cgroup."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        system = int(found[1]) * 1024 if found else 0
-    else:
-        system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    container = _cgroup_left_bytes(Path("/sys/fs/cgroup"))
-    return system if container is None else min(system, container)
-
-
-def _cgroup_left_bytes(root: Path) -> int | None:
-    """What a container's limit leaves; None without one. Knows cgroup v2, then v1."""
-    for limit, used in (
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
-    ):
-        if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-            stat = re.search(r"^inactive_file (\d+)", _text(limit.parent / "memory.stat"), re.M)
-            reclaimable = int(stat[1]) if stat else 0  # page cache, as MemAvailable counts it
-            return max(int(text) - int(used.read_text()) + reclaimable, 0)
-    return None
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
 def _workspace_bytes(spec: ModelSpec, config: EngineConfig, item_bytes: int) -> int:
     """An upper estimate of what a step holds beside weights and KV."""
     qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     widths = 3 * spec.hidden_size + 2 * qkv + 3 * spec.intermediate_size
     activations = config.max_num_batched_tokens * widths * item_bytes
     # The longest row's keys and values gathered in one place, a mask and the scores of a piece.
-    gathered = 2 * spec.num_kv_heads * spec.head_dim + (1 + spec.num_heads) * QUERY_PIECE_LEN
+    gathered = 2 * spec.num_kv_heads * spec.head_dim + (1 + spec.num_heads) * PIECE_LEN
     attention = config.context_len * gathered * 3 // 2 * item_bytes
-    logits = max(config.max_num_seqs, LOGIT_PIECE_LEN) * spec.vocab_size * LOGIT_BYTES
+    logits = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS) * spec.vocab_size * LOGIT_BYTES
     state = DeviceState.bytes_for(config.max_num_seqs, config.context_len, config.block_size)
     return activations + attention + logits + state
 

@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
 
     slices: list[Slice]
     admitted: list[Admission]
-    released: list[int]  # rows given up since the plan before
+    released: list[int]  # rows given up since the plan before; may name free ones
     new_blocks: list[tuple[int, list[int]]]  # (row, block ids appended to its table)
 
 

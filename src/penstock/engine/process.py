@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import pkgutil
+import re
 import signal
 import socket
 import struct
@@ -23,15 +24,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import IO, Any, final
 
 import msgspec
 
 from penstock.engine.client import StreamingClient
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import Command, Core, EngineLoop, ErrorReport, Update
-from penstock.errors import PenstockError
+from penstock.engine.loop import Command, Core, EngineLoop, ErrorReport, Refuse, Submit, Update
+from penstock.errors import InvalidField, PenstockError
+from penstock.extras import explain
 from penstock.types import EngineInfo, EngineStats
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,6 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
         self._frames = Frames()
         self._decoder = msgspec.msgpack.Decoder[Reply](Reply)
         self._transport: asyncio.Transport | None = None
-        self._loaded: asyncio.Future[None] | None = None
         self._burial: asyncio.Task[None] | None = None
 
     @property
@@ -131,11 +132,10 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
 
     async def start(self) -> None:
         """Wait until the child has loaded the model. Raises what loading raises there."""
-        assert self._loaded is None, "a client starts once"
-        loop = asyncio.get_running_loop()
-        self._loaded = loop.create_future()
-        self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._socket)
-        await self._loaded
+        loaded, loop = self._expect_start(), asyncio.get_running_loop()
+        if not self._is_over:
+            self._transport, _ = await loop.create_unix_connection(lambda: self, sock=self._socket)
+        await loaded
 
     async def shutdown(self) -> None:
         """End the child, killing it if it does not end by itself; open requests get an error."""
@@ -161,35 +161,29 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
 
     def _send(self, command: Command) -> None:
         assert self._transport is not None
-        self._transport.write(frame(command))
+        try:
+            message = frame(command)
+        except (TypeError, ValueError, OverflowError) as error:  # what msgpack cannot hold
+            raise _refusal(error, _unsendable(command)) from error
+        self._transport.write(message)
 
     def _receive(self, reply: Reply) -> None:
         if isinstance(reply, Update):
             self._update(reply)
         elif isinstance(reply, Started):
             self._started(reply.info, reply.stats)
-            self._settle(None)
         else:
-            self._settle(reply.report)
             self._die(reply.report)
 
-    def _settle(self, report: ErrorReport | None) -> None:
-        """Let `start` return or raise, if it still waits."""
-        assert self._loaded is not None
-        if self._loaded.done():
-            return
-        if report is None:
-            self._loaded.set_result(None)
-        else:
-            self._loaded.set_exception(report.error)
-
     async def _bury(self) -> None:
-        report = await asyncio.to_thread(self._cause_of_death)
-        self._settle(report)
-        self._die(report)
+        self._die(await asyncio.to_thread(self._cause_of_death))
 
     def _cause_of_death(self) -> ErrorReport:
-        """How the child ended, and its last words."""
+        """How the child ended; while it was loading, also its last words.
+
+        Afterwards clients read this, and what the child wrote may quote a prompt of another.
+        """
+        assert self._loaded is not None
         hint = None
         try:
             status = self._child.wait(_STATUS_S)
@@ -202,7 +196,7 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
             if status == -signal.SIGKILL:
                 hint = "the kernel kills so when memory runs out: look into its log"
             self._forwarder.join(_STATUS_S)
-        if self._tail:
+        if self._tail and not self._loaded.done():
             text += " Its last output:\n" + "\n".join(self._tail)
         return ErrorReport("EngineDead", text, hint)
 
@@ -225,6 +219,22 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
                 self._tail.append(text.rstrip()[:500])
                 with contextlib.suppress(ValueError, OSError):  # the parent's stderr is closed
                     sys.stderr.write(text)
+
+
+def _refusal(error: Exception, field: str) -> InvalidField:
+    return InvalidField(f"The request cannot be sent to the engine: {error}.", field=field)
+
+
+def _unsendable(command: Command) -> str:
+    """The field of a request that msgpack cannot hold."""
+    assert isinstance(command, Submit)
+    for owner in (command.request.params, command.request):
+        for field in fields(owner):
+            try:
+                _encoder.encode(getattr(owner, field.name))
+            except (TypeError, ValueError, OverflowError):
+                return field.name
+    raise AssertionError("every field can be sent")
 
 
 # --- the child's side ---
@@ -250,6 +260,9 @@ def main(argv: list[str]) -> int:
             make_core = pkgutil.resolve_name(argv[1])
             process_s = time.monotonic() - float(argv[2])
             core: Core = make_core(config)
+        except ModuleNotFoundError as error:
+            connection.sendall(frame(Failed(ErrorReport.of(explain(error)))))
+            return 1
         except PenstockError as error:
             connection.sendall(frame(Failed(ErrorReport.of(error))))
             return 1
@@ -278,9 +291,18 @@ def _listen(messages: Iterator[bytes], engine: EngineLoop) -> None:
     decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Command)
     try:
         for message in messages:
-            engine.send(decoder.decode(message))
-    finally:  # also of a message that cannot be read: better no engine than a deaf one
-        os._exit(0)
+            try:
+                command = decoder.decode(message)
+            except msgspec.ValidationError as error:
+                named = re.search(r"\$\.request\.(?:params\.)?(\w+)", str(error))
+                refusal = _refusal(error, named[1] if named else "request")
+                request_id = msgspec.msgpack.decode(message)["request"]["request_id"]
+                command = Refuse(request_id, ErrorReport.of(refusal))
+            engine.send(command)
+    except Exception:
+        logger.exception("The engine cannot read what it is told.")
+        os._exit(1)  # better no engine than a deaf one
+    os._exit(0)
 
 
 if __name__ == "__main__":

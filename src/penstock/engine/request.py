@@ -28,10 +28,10 @@ class Request:
         "draft",
         "id",
         "node",
-        "num_blocks_awaited",
         "num_cached",
         "num_chained",
         "num_computed",
+        "num_gains_awaited",
         "num_preemptions",
         "num_prompt",
         "params",
@@ -41,6 +41,7 @@ class Request:
         "row",
         "salt",
         "seed",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -61,6 +62,7 @@ class Request:
         self.priority = request.priority
         self.salt = request.salt
         self.seed = seed
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.arrival = arrival
         self.arrival_s = arrival_s
 
@@ -74,7 +76,7 @@ class Request:
         # Its place in the prefix cache: the node of its first `num_chained` blocks.
         self.node: int | str = self.salt
         self.num_chained = 0
-        self.num_blocks_awaited = 0  # waiting: hopeless while fewer blocks are free
+        self.num_gains_awaited = 0  # waiting: without a chance before that many `KVCache.num_gains`
 
         self.num_cached = 0  # tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
@@ -105,21 +107,19 @@ class Request:
         num_generated = len(self.token_ids) - self.num_prompt
         return Usage(self.num_prompt, self.num_cached, num_generated, self.queue_s)
 
-    def append(
+    def finish_with(
         self, token_id: int, eos_token_ids: Collection[int], max_model_len: int
     ) -> FinishReason | None:
-        """Add a sampled token and tell whether it ends the request.
+        """Whether the request ends with `token_id`, if that is its next token.
 
         An end or stop token counts only behind the first `min_tokens` tokens (where the sampler
         does not give it either); it ends the request even where the length would, too.
         """
-        self.token_ids.append(token_id)
         params = self.params
-        num_tokens = len(self.token_ids)
+        num_tokens = len(self.token_ids) + 1
         num_generated = num_tokens - self.num_prompt
         if (
-            (token_id in eos_token_ids and not params.ignore_eos)
-            or token_id in params.stop_token_ids
+            (token_id in eos_token_ids and not params.ignore_eos) or token_id in self.stop_token_ids
         ) and num_generated > params.min_tokens:
             return FinishReason.STOP
         if num_generated == params.max_tokens or num_tokens >= max_model_len:

@@ -16,11 +16,10 @@ from penstock.attention.base import AttentionBackend, ForwardBatch
 from penstock.attention.kv_store import KVStore
 from penstock.engine import sampler
 from penstock.engine.batch import StepBatch, build_batch
+from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.state import DeviceState
 from penstock.types import TokenLogprobs
-
-PROMPT_LOGPROB_ROWS = 256  # positions whose logits are held at the same time
 
 
 class Model(Protocol):

@@ -1,6 +1,6 @@
 """Logits to token ids: constraints, penalties, truncation, and one random number a token.
 
-Owns what the sampling parameters mean; knows rows of `SamplingState`, neither requests nor the
+Owns what the sampling parameters mean; knows rows of the `DeviceState`, neither requests nor the
 model. Works in numpy on the memory of the logits: for small steps a torch call costs more than
 its work. The parts that touch [L, V] are a constant number of passes; only rows that ask for
 more than temperature, top-k, top-p and min-p are looked at one by one.
@@ -12,12 +12,13 @@ truncation works with thresholds (ties stay in), so that no sorting order can ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from penstock.engine.state import DeviceState
 from penstock.errors import InvalidField
 from penstock.types import SamplingParams, TokenLogprobs
 
@@ -26,28 +27,8 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 _BLOCK = 128  # columns that are summed at once; cumulative sums go over blocks
+_MIN_REPETITION_PENALTY = 1e-20  # a smaller one does no more, until it overflows
 _NUM_CANDIDATES = 64  # how many of the largest are looked at before a whole row is sorted
-
-
-class SamplingState(Protocol):
-    """What the sampler reads of the engine's rows; `engine.state.DeviceState` is one.
-
-    `num_tokens[row]` does not count the token that is about to be sampled, so that it is also
-    that token's index.
-    """
-
-    params: list[SamplingParams | None]
-    token_ids: NDArray[np.int64]  # [rows, max_len]
-    num_tokens: NDArray[np.int32]
-    num_prompt: NDArray[np.int32]
-    greedy: NDArray[np.bool_]
-    temperature: F32
-    top_k: NDArray[np.int32]
-    top_p: F32
-    min_p: F32
-    typical_p: F32
-    seed: NDArray[np.uint64]
-    special: NDArray[np.bool_]  # may need a look of its own at `params`
 
 
 class SampleResult(NamedTuple):
@@ -58,11 +39,11 @@ class SampleResult(NamedTuple):
 
 
 def sample(
-    logits: torch.Tensor, rows: I64, state: SamplingState, eos_token_ids: Sequence[int]
+    logits: torch.Tensor, rows: I64, state: DeviceState, eos_token_ids: Sequence[int]
 ) -> SampleResult:
     """The next token of each of `rows`.
 
-    Order: constraints (allowed, banned, `min_tokens`), logit bias, penalties; then the most
+    Order: logit bias, penalties, constraints (allowed, banned, `min_tokens`); then the most
     likely token, or temperature, min-p, top-k, top-p, typical-p and a draw.
 
     Args:
@@ -71,8 +52,7 @@ def sample(
         eos_token_ids: end-of-sequence tokens, for `min_tokens`.
     """
     values: F32 = logits.numpy()
-    asks = [(i, _params(state, int(rows[i]))) for i in np.flatnonzero(state.special[rows])]
-    shaped = np.array([i for i, params in asks if _is_constrained(params)], np.int64)
+    shaped = np.flatnonzero(state.constrained[rows])
     token_ids = np.empty(len(rows), np.int64)
     if len(shaped) < len(rows):
         token_ids = _choose(values, rows, state)
@@ -82,12 +62,12 @@ def sample(
             _constrain(row_logits, int(row), state, eos_token_ids)
         token_ids[shaped] = _choose(copy, rows[shaped], state)
 
-    wanted = [(i, params.logprobs) for i, params in asks if params.logprobs is not None]
-    if not wanted:
+    asked = np.flatnonzero(state.num_logprobs[rows] >= 0)
+    if not len(asked):
         return SampleResult(token_ids, {})
-    index = np.array([i for i, _ in wanted], np.int64)
-    found = _token_logprobs(values[index], token_ids[index], [k for _, k in wanted])
-    return SampleResult(token_ids, dict(zip(rows[index].tolist(), found, strict=True)))
+    ks = state.num_logprobs[rows[asked]].tolist()
+    found = _token_logprobs(values[asked], token_ids[asked], ks)
+    return SampleResult(token_ids, dict(zip(rows[asked].tolist(), found, strict=True)))
 
 
 def prompt_logprobs(logits: torch.Tensor, target_ids: I64, k: int) -> list[TokenLogprobs]:
@@ -142,55 +122,39 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 # --- constraints and penalties: row by row, for the few rows that have any ---
 
 
-def _params(state: SamplingState, row: int) -> SamplingParams:
-    params = state.params[row]
+def _constrain(logits: F32, row: int, state: DeviceState, eos_token_ids: Sequence[int]) -> None:
+    """Apply to `logits` [V], in place, all that comes before the temperature.
+
+    What excludes a token comes last, so that no penalty ever meets an infinite logit.
+    """
+    params, rules, num_prompt = state.params[row], state.token_rules[row], state.num_prompt[row]
     assert params is not None, f"row {row} is free"
-    return params
-
-
-def _is_constrained(params: SamplingParams) -> bool:
-    return (
-        params.allowed_token_ids is not None
-        or bool(params.banned_token_ids)
-        or bool(params.logit_bias)
-        or params.min_tokens > 0
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
-
-
-def _constrain(logits: F32, row: int, state: SamplingState, eos_token_ids: Sequence[int]) -> None:
-    """Apply to `logits` [V], in place, all that comes before the temperature."""
-    params, num_prompt = _params(state, row), state.num_prompt[row]
     token_ids = state.token_ids[row, : state.num_tokens[row]]
-    if params.allowed_token_ids is not None:
-        allowed = np.array(params.allowed_token_ids)
-        kept = logits[allowed]
-        logits[:] = -np.inf
-        logits[allowed] = kept
-    if params.banned_token_ids:
-        logits[np.array(params.banned_token_ids)] = -np.inf
-    if len(token_ids) - num_prompt < params.min_tokens:
-        ends = [i for i in (*eos_token_ids, *params.stop_token_ids) if i < len(logits)]
-        logits[np.array(ends, np.int64)] = -np.inf
     if params.logit_bias:
-        biased = np.fromiter(params.logit_bias.keys(), np.int64)
-        logits[biased] += np.fromiter(params.logit_bias.values(), np.float32)
+        logits[rules.biased] += rules.biases
     if params.repetition_penalty != 1.0:
         seen = np.flatnonzero(np.bincount(token_ids))
-        penalty, hit = np.float32(params.repetition_penalty), logits[seen]
+        penalty = np.float32(max(params.repetition_penalty, _MIN_REPETITION_PENALTY))
+        hit = logits[seen]
         logits[seen] = np.where(hit > 0, hit / penalty, hit * penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
         counts = np.bincount(token_ids[num_prompt:])
         logits[: len(counts)] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
         logits[np.flatnonzero(counts)] -= np.float32(params.presence_penalty)
+    if rules.allowed is not None:
+        kept = logits[rules.allowed]
+        logits[:] = -np.inf
+        logits[rules.allowed] = kept
+    logits[rules.banned] = -np.inf
+    if len(token_ids) - num_prompt < params.min_tokens:
+        logits[np.array(eos_token_ids, np.int64)] = -np.inf
+        logits[rules.stops] = -np.inf
 
 
 # --- the choice: all rows at once ---
 
 
-def _choose(logits: F32, rows: I64, state: SamplingState) -> I64:
+def _choose(logits: F32, rows: I64, state: DeviceState) -> I64:
     """Greedy or drawn tokens. [L, V], [L] -> [L]"""
     token_ids: I64 = logits.argmax(axis=1)
     peak = logits[np.arange(len(rows)), token_ids]
@@ -203,7 +167,7 @@ def _choose(logits: F32, rows: I64, state: SamplingState) -> I64:
     return token_ids
 
 
-def _draw(logits: F32, peak: F32, rows: I64, state: SamplingState) -> I64:
+def _draw(logits: F32, peak: F32, rows: I64, state: DeviceState) -> I64:
     """One draw a row by the inverse of the cumulative distribution, in order of token ids."""
     weights = logits - peak[:, None]
     weights *= (np.float32(1) / state.temperature[rows])[:, None]
@@ -244,7 +208,7 @@ def _inverse(weights: F32, sums: F64, draws: F64) -> I64:
 # --- truncation: the smallest weight that stays, by row ---
 
 
-def _truncate(weights: F32, sums: F64, rows: I64, state: SamplingState) -> bool:
+def _truncate(weights: F32, sums: F64, rows: I64, state: DeviceState) -> bool:
     """Set to 0, in place, what min-p, top-k, top-p and typical-p cut off; whether they did."""
     top_k, top_p, min_p = state.top_k[rows], state.top_p[rows], state.min_p[rows]
     limits = min_p.copy()  # the largest weight is 1
@@ -391,9 +355,11 @@ def _most_likely(logits: F32, norm: F64, ks: Sequence[int]) -> list[tuple[tuple[
     if k == 0:
         return [()] * len(ks)
     mask = logits >= _lower_bound(logits, k)[:, None]
-    row, column = np.divmod(np.flatnonzero(mask), logits.shape[1])
-    values = logits[row, column]
-    order = np.lexsort((column, -values, row))
-    pairs = list(zip(column[order].tolist(), (values - norm[row])[order].tolist(), strict=True))
-    starts = np.cumsum([0, *np.count_nonzero(mask, axis=1)[:-1]]).tolist()
-    return [tuple(pairs[i : i + min(k, logits.shape[1])]) for i, k in zip(starts, ks, strict=True)]
+    found = []
+    for row, k in enumerate(ks):  # one at a time: a mask may leave much of a small vocabulary
+        token_ids = np.flatnonzero(mask[row])
+        values = logits[row, token_ids]
+        order = np.argsort(-values, kind="stable")[:k]
+        logprobs = values[order] - norm[row]
+        found.append(tuple(zip(token_ids[order].tolist(), logprobs.tolist(), strict=True)))
+    return found

@@ -4,8 +4,9 @@ Owns the live requests, their rows and their order; knows neither tensors nor te
 phases: each request gets min(pending tokens, what is left of the budget, chunk cap), in the order
 of the policy. Feature logic lives elsewhere; a line added here needs a reason.
 
-Invariant: a slice that is planned is executed. Requests lose their blocks only from the end of the
-order, slices are handed out from its beginning, and what is admitted fits without a preemption.
+Invariant: a slice that is planned is executed, or all starts anew. Requests lose their blocks only
+from the end of the order, slices are handed out from its beginning, and what is admitted fits
+without a preemption.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from penstock.types import EngineStats, FinishReason, TokenEvent
 
 @final
 class Scheduler:
-    """The order of work of one engine. Call `schedule` and `commit` in turn.
+    """The order of work of one engine. Call `schedule` and `commit` in turn, or `restart`.
 
     `add` and `abort` may be called at any moment, also between the two.
     """
@@ -81,13 +82,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))  # a heap: the smallest row is taken first
         self._released: list[int] = []  # rows given up since the last plan
 
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_prefix_query_tokens = 0
-        self._num_prefix_hit_tokens = 0
-        self._num_preemptions = 0
-        self._num_chunks = 0
+        self.stats = EngineStats(num_blocks=kv_cache.num_blocks)  # all but `last_step_s`
 
     @property
     def has_work(self) -> bool:
@@ -101,8 +96,9 @@ class Scheduler:
         """Let a new request wait; its id must be that of no live one."""
         assert request.id not in self._requests, request.id
         assert 0 < request.num_tokens < self._max_model_len, request.num_tokens
-        self._requests[request.id] = request
         insort(self._waiting, request, key=self._key)
+        self._requests[request.id] = request
+        self._gauge()
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request now; what a step in flight computes for it is dropped.
@@ -116,10 +112,11 @@ class Scheduler:
         if request.row is None and request.num_preemptions == 0:
             request.queue_s = time.monotonic() - request.arrival_s
         self._forget(request)
+        self._gauge()
         return TokenEvent(request_id, [], request.usage, FinishReason.ABORT)
 
     def schedule(self) -> StepPlan:
-        """Plan one step. The plan must be executed, then be given to `commit`.
+        """Plan one step. The plan must be executed and be given to `commit`; else call `restart`.
 
         A slice may read blocks that another slice of the same plan fills (see `KVCache.commit`).
         """
@@ -143,29 +140,38 @@ class Scheduler:
                 continue  # aborted since the plan was made
             end = start + length
             if start < request.num_prompt:
-                self._num_prompt_tokens += min(end, request.num_prompt) - start
+                self.stats.num_prompt_tokens += min(end, request.num_prompt) - start
                 request.collect_prompt_logprobs(start, result.prompt_logprobs.get(row, ()))
             if end < len(request.token_ids):
                 request.num_computed = end
-                self._num_chunks += 1
+                self.stats.num_chunks += 1
             else:
                 events.append(self._extend(request, row, result))
-        self._num_steps += 1
+        self.stats.num_steps += 1
+        self._gauge()
         return events
 
-    def fill_stats(self, stats: EngineStats) -> None:
-        """Write all figures but `last_step_s`, which is for who runs the steps to know."""
-        stats.num_running = len(self._running)
-        stats.num_waiting = len(self._waiting)
-        stats.num_blocks = self._kv.num_blocks
-        stats.num_used_blocks = self._kv.num_used
-        stats.num_steps = self._num_steps
-        stats.num_prompt_tokens = self._num_prompt_tokens
-        stats.num_generated_tokens = self._num_generated_tokens
-        stats.num_prefix_query_tokens = self._num_prefix_query_tokens
-        stats.num_prefix_hit_tokens = self._num_prefix_hit_tokens
-        stats.num_preemptions = self._num_preemptions
-        stats.num_chunks = self._num_chunks
+    def restart(self) -> None:
+        """Let every live request start anew, after a step that came to no end anywhere in it.
+
+        It is not known what the runner has done, nor how far `schedule` or `commit` came: nothing
+        but the requests' tokens is relied upon. All rows are released and nothing stays cached.
+        """
+        self._kv.clear()
+        for request in self._requests.values():
+            if request.row is not None:
+                request.row = None
+                request.num_preemptions += 1
+                self.stats.num_preemptions += 1
+            request.blocks, request.num_computed = [], 0
+            request.node, request.num_chained = request.salt, 0
+            request.draft.clear()
+        self._running = []
+        self._waiting = sorted(self._requests.values(), key=self._key)
+        self._rows = [None] * len(self._rows)
+        self._free_rows = list(range(len(self._rows)))
+        self._released = list(range(len(self._rows)))
+        self._gauge()
 
     def check(self) -> None:
         """Assert the invariants of `request.py` and of the cache. Call it between any two calls."""
@@ -188,6 +194,12 @@ class Scheduler:
         assert len(used_rows) == len(self._running)
         assert sorted(used_rows + self._free_rows) == list(range(len(self._rows)))
         self._kv.check(live)
+
+    def _gauge(self) -> None:
+        """Bring the figures up to date that are no counters."""
+        self.stats.num_running = len(self._running)
+        self.stats.num_waiting = len(self._waiting)
+        self.stats.num_used_blocks = self._kv.num_used
 
     def _plan_slice(self, request: Request, plan: StepPlan, budget: int) -> int:
         """Plan the next tokens of a running request.
@@ -233,7 +245,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.draft.clear()
         insort(self._waiting, request, key=self._key)
-        self._num_preemptions += 1
+        self.stats.num_preemptions += 1
         return request
 
     def _admit_next(self, plan: StepPlan) -> Request | None:
@@ -245,22 +257,24 @@ class Scheduler:
         if not self._waiting or not self._free_rows:
             return None
         request = self._waiting[0]
-        if self._kv.num_free < request.num_blocks_awaited:
+        if self._kv.num_gains < request.num_gains_awaited:
             return None
         matches = request.prompt_logprobs is None  # else each position must be computed
         if matches:
             self._kv.match(request)
         num_cached = len(request.blocks) * self._kv.block_size
         if self._kv.grow(request, request.num_tokens) is None:
+            num_missing = -(-request.num_tokens // self._kv.block_size) - len(request.blocks)
+            num_missing -= self._kv.num_free
             self._kv.release(request)
-            request.num_blocks_awaited = self._kv.num_free + 1
+            request.num_gains_awaited = self._kv.num_gains + num_missing
             return None
         if request.num_preemptions == 0:  # what it finds of its own work later is no saving
             request.num_cached = num_cached
             request.queue_s = time.monotonic() - request.arrival_s
-            self._num_prefix_hit_tokens += num_cached
+            self.stats.num_prefix_hit_tokens += num_cached
             if matches and self._kv.enable_prefix_caching:
-                self._num_prefix_query_tokens += request.num_prompt
+                self.stats.num_prefix_query_tokens += request.num_prompt
         request.num_computed = num_cached
         row = request.row = heapq.heappop(self._free_rows)
         self._rows[row] = self._waiting.pop(0)
@@ -280,14 +294,16 @@ class Scheduler:
         token_ids = result.token_ids[row]
         for token_id in token_ids:
             num_kept += 1
-            finish = request.append(token_id, self._eos_token_ids, self._max_model_len)
+            finish = request.finish_with(token_id, self._eos_token_ids, self._max_model_len)
             if finish is not None:
                 token_ids = token_ids[:num_kept]
-                self._forget(request)
+                self._forget(request)  # before it is complete: `restart` must not find it
+                request.token_ids.append(token_id)
                 break
+            request.token_ids.append(token_id)
         request.num_computed = len(request.token_ids) - 1
         request.draft.clear()
-        self._num_generated_tokens += num_kept
+        self.stats.num_generated_tokens += num_kept
         logprobs = result.logprobs.get(row)
         return TokenEvent(
             request.id,
@@ -304,6 +320,6 @@ class Scheduler:
         queue = self._waiting if request.row is None else self._running
         index = bisect_left(queue, self._key(request), key=self._key)
         assert queue[index] is request
-        del queue[index], self._requests[request.id]
+        del self._requests[request.id], queue[index]
         if request.row is not None:
             self._vacate(request)

@@ -10,6 +10,8 @@ Invariant: for a row in use, `token_ids[row, :num_tokens[row]]` are the tokens o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,31 @@ from penstock.engine.plan import Admission, StepPlan
 from penstock.types import SamplingParams
 
 _UINT64 = 2**64 - 1
+
+
+class TokenRules(NamedTuple):
+    """What a row's parameters say of single tokens: arrays, made once and not in every step."""
+
+    allowed: NDArray[np.int64] | None
+    banned: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    biased: NDArray[np.int64]
+    biases: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> TokenRules:
+        """The rules of a request."""
+        allowed, bias = params.allowed_token_ids, params.logit_bias or {}
+        return cls(
+            None if allowed is None else np.array(allowed, np.int64),
+            np.array(params.banned_token_ids, np.int64),
+            np.array(params.stop_token_ids, np.int64),
+            np.fromiter(bias.keys(), np.int64),
+            np.fromiter(bias.values(), np.float32),
+        )
+
+
+_NO_RULES = TokenRules.of(SamplingParams())
 
 
 class DeviceState:
@@ -38,28 +65,21 @@ class DeviceState:
         self.num_blocks: NDArray[np.int32] = np.zeros(rows, np.int32)
 
         self.params: list[SamplingParams | None] = [None] * rows
+        self.token_rules: list[TokenRules] = [_NO_RULES] * rows
         self.greedy: NDArray[np.bool_] = np.ones(rows, np.bool_)
         self.temperature: NDArray[np.float32] = np.ones(rows, np.float32)
         self.top_k: NDArray[np.int32] = np.zeros(rows, np.int32)  # 0 = all
         self.top_p: NDArray[np.float32] = np.ones(rows, np.float32)
         self.min_p: NDArray[np.float32] = np.zeros(rows, np.float32)
         self.typical_p: NDArray[np.float32] = np.ones(rows, np.float32)
-        self.repetition_penalty: NDArray[np.float32] = np.ones(rows, np.float32)
-        self.presence_penalty: NDArray[np.float32] = np.zeros(rows, np.float32)
-        self.frequency_penalty: NDArray[np.float32] = np.zeros(rows, np.float32)
         self.seed: NDArray[np.uint64] = np.zeros(rows, np.uint64)
-        # The row uses more than temperature, top-k and top-p: see `is_special`.
-        self.special: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.num_logprobs: NDArray[np.int32] = np.full(rows, -1, np.int32)  # -1 = none asked for
+        self.constrained: NDArray[np.bool_] = np.zeros(rows, np.bool_)  # see `is_constrained`
         self.wants_prompt_logprobs: NDArray[np.bool_] = np.zeros(rows, np.bool_)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all arrays."""
-        return sum(array.nbytes for array in vars(self).values() if isinstance(array, np.ndarray))
 
     @staticmethod
     def bytes_for(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
-        """About what `num_bytes` will be, without making the arrays."""
+        """About what the arrays will take, without making them."""
         return max_num_seqs * (max_model_len * 8 + -(-max_model_len // block_size) * 4 + 64)
 
     def apply(self, plan: StepPlan) -> None:
@@ -80,7 +100,7 @@ class DeviceState:
         self.num_tokens[rows] = ends + 1
 
     def _release(self, row: int) -> None:
-        self.params[row] = None
+        self.params[row], self.token_rules[row] = None, _NO_RULES
         self.num_tokens[row] = 0
         self.num_blocks[row] = 0
         self.wants_prompt_logprobs[row] = False
@@ -92,36 +112,28 @@ class DeviceState:
         self.token_ids[row, :num_tokens] = admission.token_ids
         self.num_tokens[row] = num_tokens
         self.num_prompt[row] = admission.num_prompt
-        self.num_blocks[row] = 0
 
         self.params[row] = params
+        self.token_rules[row] = TokenRules.of(params)
         self.greedy[row] = params.greedy
         self.temperature[row] = params.temperature
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.typical_p[row] = params.typical_p
-        self.repetition_penalty[row] = params.repetition_penalty
-        self.presence_penalty[row] = params.presence_penalty
-        self.frequency_penalty[row] = params.frequency_penalty
         self.seed[row] = admission.seed & _UINT64
-        self.special[row] = is_special(params)
+        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.constrained[row] = is_constrained(params)
         self.wants_prompt_logprobs[row] = params.prompt_logprobs is not None
 
 
-def is_special(params: SamplingParams) -> bool:
-    """Whether sampling has to look at the row by itself.
-
-    Rows that are not special need only their logits, temperature, top-k, top-p and seed.
-    """
+def is_constrained(params: SamplingParams) -> bool:
+    """Whether the logits of the row are changed before its temperature counts."""
     return (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
-        or params.min_p > 0.0
-        or params.typical_p < 1.0
         or params.min_tokens > 0
-        or params.logprobs is not None
         or bool(params.logit_bias)
         or params.allowed_token_ids is not None
         or bool(params.banned_token_ids)

@@ -25,18 +25,27 @@ def read_config(path: Path | str) -> dict[str, Any]:
 
 
 def read_generation_eos(path: Path | str) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json and config.json, each once."""
+    """The end-of-sequence ids of generation_config.json and config.json, each once.
+
+    Raises:
+        ModelLoadError: they are not ids of the vocabulary.
+    """
     ids: dict[int, None] = {}
-    for config in (read_json(Path(path) / "generation_config.json") or {}, read_config(path)):
+    model = read_config(path)
+    vocab_size = model.get("vocab_size")
+    if type(vocab_size) is not int:
+        raise ModelLoadError(f"`vocab_size` is `{vocab_size!r}` in `{path}`; it must be a number.")
+    for config in (read_json(Path(path) / "generation_config.json") or {}, model):
         value = config.get("eos_token_id")
         for token_id in value if isinstance(value, list) else [value]:
-            if type(token_id) is int and token_id >= 0:
-                ids[token_id] = None
-            elif token_id is not None:
+            if token_id is None:
+                continue
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise ModelLoadError(
                     f"`eos_token_id` is `{value!r}` in `{path}`; it must be a token id or a list "
-                    "of them."
+                    f"of them, below `vocab_size`, which is `{vocab_size}`."
                 )
+            ids[token_id] = None
     return tuple(ids)
 
 
@@ -48,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ModelLoadError(f"`{file}` cannot be read: {error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"`{file}` is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"`{file}` does not hold a JSON object.")

@@ -2,8 +2,8 @@
 
 Owns the reading of weights. Never unpickles and never runs code from the directory.
 
-Invariant: headers are checked before any number is copied, and every missing, unexpected and
-misshapen weight is reported in one error.
+Invariant: headers are checked before any number is copied, and all missing, unexpected and
+misshapen weights are reported in one error: their number, and the first of each kind by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ LoadFormat = Literal["auto", "dummy"]
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}  # as safetensors names them
+_NUM_TOLD = 20  # problems of one kind that an error lists
 
 
 def load_model(
@@ -49,13 +50,16 @@ def load_model(
     """
     directory = Path(path)
     spec = ModelSpec.from_hf(read_config(directory))
+    build = builder(spec.architecture)
+    # Before memory is taken: a file that is damaged or missing is told at once.
+    headers = [] if load_format == "dummy" else _read_headers(_weight_files(directory))
     with torch.inference_mode():
-        model = builder(spec.architecture)(spec, Materials(dtype, device))
+        model = build(spec, Materials(dtype, device))
         weights = [weight for layer in model.layers() for weight in layer.weights()]
         if load_format == "dummy":
             _draw(weights, seed)
         else:
-            _fill(weights, _weight_files(directory))
+            _fill(weights, headers)
         for layer in model.layers():
             layer.finish()
     return model
@@ -74,14 +78,15 @@ def _weight_files(directory: Path) -> list[Path]:
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelLoadError(f"`{directory / _INDEX}` has no `weight_map` of file names.")
-    files = [directory / name for name in sorted(set(names.values()))]
-    for file in files:
-        if file.parent != directory or not file.is_file():
+    present = {file.name for file in directory.iterdir()}
+    for name in names.values():
+        if name not in present:  # a name that no file can have is never given to the system
             raise ModelLoadError(
-                f"`{_INDEX}` names `{file.name}`, which is not a file of `{directory}`.",
+                f"`{_INDEX}` names `{ascii(name)[1:-1][:100]}`, which is not a file of "
+                f"`{directory}`.",
                 hint="the download may be incomplete.",
             )
-    return files
+    return [directory / name for name in sorted(set(names.values()))]
 
 
 def _no_weights(directory: Path, num_files: int) -> ModelLoadError:
@@ -113,27 +118,44 @@ def _draw(weights: list[Weight], seed: int) -> None:
             weight.data.copy_(drawn.normal_(std=0.02, generator=generator))
 
 
-def _fill(weights: list[Weight], files: list[Path]) -> None:
-    """Copy every tensor of the files to where it belongs, after all of them were checked."""
-    wanted = {weight.name: weight for weight in weights}
-    source: dict[str, Path] = {}
-    problems = []
+class _Header(NamedTuple):
+    """What a file says of one of its tensors."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    file: Path
+
+
+def _read_headers(files: list[Path]) -> list[_Header]:
+    """Of every tensor. Reads no numbers."""
+    headers = []
     for file in files:
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (a handle is no mapping)
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # a buffer that old checkpoints carry; it follows from the config
                 header = tensors.get_slice(name)
-                problems += _check(name, header, wanted.get(name), source.get(name))
-                source[name] = file
-    problems += [
-        f"missing: `{weight.name}`, {list(weight.data.shape)}"
-        for weight in weights
-        if weight.name not in source and not weight.duplicate
-    ]
+                headers.append(_Header(name, list(header.get_shape()), header.get_dtype(), file))
+    return headers
+
+
+def _fill(weights: list[Weight], headers: list[_Header]) -> None:
+    """Copy every tensor of the files to where it belongs, after all of them were checked."""
+    wanted = {weight.name: weight for weight in weights}
+    source: dict[str, Path] = {}
+    problems: dict[str, list[str]] = {}
+    for header in headers:
+        for kind, problem in _check(header, wanted.get(header.name), source.get(header.name)):
+            problems.setdefault(kind, []).append(problem)
+        source[header.name] = header.file
+    for weight in weights:
+        if weight.name not in source and not weight.duplicate:
+            missing = f"`{weight.name}`, {list(weight.data.shape)}"
+            problems.setdefault("missing", []).append(missing)
     if problems:
         raise _mismatch(problems)
-    for file in files:
+    for file in sorted(set(source.values())):
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if source.get(name) == file and not wanted[name].duplicate:
@@ -141,19 +163,20 @@ def _fill(weights: list[Weight], files: list[Path]) -> None:
     _compare_duplicates([weight for weight in weights if weight.duplicate], source)
 
 
-def _check(name: str, header: Any, weight: Weight | None, earlier: Path | None) -> list[str]:
-    """What is wrong with one tensor of a checkpoint."""
-    shape, dtype = list(header.get_shape()), header.get_dtype()
+def _check(
+    header: _Header, weight: Weight | None, earlier: Path | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with one tensor of a checkpoint: kind and details."""
+    name, shape, dtype, _ = header
     if weight is None:
-        return [f"unexpected: `{name}`, {shape}"]
-    problems = []
+        yield "unexpected", f"`{name}`, {shape}"
+        return
     if shape != list(weight.data.shape):
-        problems.append(f"misshapen: `{name}` is {shape}, the config says {[*weight.data.shape]}")
+        yield "misshapen", f"`{name}` is {shape}, the config says {[*weight.data.shape]}"
     if dtype not in _DTYPES:
-        problems.append(f"unreadable: `{name}` is of type {dtype}, not one of {sorted(_DTYPES)}")
+        yield "unreadable", f"`{name}` is of type {dtype}, not one of {sorted(_DTYPES)}"
     if earlier is not None:
-        problems.append(f"repeated: `{name}` is in `{earlier.name}` too")
-    return problems
+        yield "repeated", f"`{name}` is in `{earlier.name}` too"
 
 
 def _compare_duplicates(duplicates: list[Weight], source: dict[str, Path]) -> None:
@@ -169,10 +192,15 @@ def _compare_duplicates(duplicates: list[Weight], source: dict[str, Path]) -> No
             )
 
 
-def _mismatch(problems: list[str]) -> WeightMismatch:
+def _mismatch(problems: dict[str, list[str]]) -> WeightMismatch:
+    lines = []
+    for kind, found in sorted(problems.items()):
+        lines += [f"{kind}: {problem}" for problem in sorted(found)[:_NUM_TOLD]]
+        if len(found) > _NUM_TOLD:
+            lines.append(f"{kind}: and {len(found) - _NUM_TOLD} more")
     return WeightMismatch(
-        f"`{len(problems)}` weights do not fit the model's config:\n  "
-        + "\n  ".join(sorted(problems)),
+        f"`{sum(map(len, problems.values()))}` weights do not fit the model's config:\n  "
+        + "\n  ".join(lines),
         hint="config.json and the safetensors files must come from the same checkpoint.",
     )
 

@@ -21,6 +21,9 @@ _REQUIRED: Any = object()
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # by dtype
 
+MAX_SIZE = 2**40  # far beyond any model; what arithmetic and tensors can take
+MAX_LAYERS = 4096
+
 # Keys that change what a Llama computes. They may be absent, null or false, and nothing else.
 _REFUSED = (
     "attention_sinks",
@@ -78,7 +81,7 @@ class ModelSpec:
             vocab_size=read.size("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=read.size("intermediate_size"),
-            num_layers=read.size("num_hidden_layers"),
+            num_layers=read.size("num_hidden_layers", high=MAX_LAYERS),
             num_heads=num_heads,
             num_kv_heads=read.size("num_key_value_heads", num_heads),
             head_dim=read.size("head_dim", hidden_size // num_heads),
@@ -132,9 +135,10 @@ class _Reader:
         """What to raise when a key has a value that cannot be used."""
         if key not in self._config:
             return UnsupportedModel(f"`{self._prefix}{key}` is missing in the model's config.")
-        value = self._config[key]
+        value = repr(self._config[key])
+        value = value if len(value) <= 80 else value[:80] + "..."
         return UnsupportedModel(
-            f"`{self._prefix}{key}` is `{value!r}` in the model's config; it must be {wanted}."
+            f"`{self._prefix}{key}` is `{value}` in the model's config; it must be {wanted}."
         )
 
     def value(self, kind: type[_T], key: str, default: _T = _REQUIRED) -> _T:
@@ -144,17 +148,17 @@ class _Reader:
             if default is _REQUIRED:
                 raise self.error(key, f"of type {kind.__name__}")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= MAX_SIZE:
             value = float(value)
         if type(value) is not kind:
             raise self.error(key, f"of type {kind.__name__}")
         return value
 
-    def size(self, key: str, default: int = _REQUIRED) -> int:
+    def size(self, key: str, default: int = _REQUIRED, *, high: int = MAX_SIZE) -> int:
         """A positive integer."""
         value = self.value(int, key, default)
-        if value < 1:
-            raise self.error(key, "a positive integer")
+        if not 1 <= value <= high:
+            raise self.error(key, f"a positive integer of at most `{high}`")
         return value
 
     def factor(self, key: str, default: float = _REQUIRED) -> float:
@@ -218,10 +222,13 @@ def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
     if kind == "linear":
         return theta, LinearScaling(section.factor("factor"))
     if kind == "llama3":
-        return theta, Llama3Scaling(
+        scaling = Llama3Scaling(
             factor=section.factor("factor"),
             low_freq_factor=section.factor("low_freq_factor"),
             high_freq_factor=section.factor("high_freq_factor"),
             original_context_len=section.size("original_max_position_embeddings"),
         )
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise section.error("low_freq_factor", f"below `{scaling.high_freq_factor}`")
+        return theta, scaling
     raise section.error(kind_key, "`default`, `linear` or `llama3`")

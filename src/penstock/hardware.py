@@ -1,0 +1,60 @@
+"""What this machine has: processor, cores, memory. Standard library only; Linux tells most."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+# Instruction sets that make a difference to us, as Linux names them.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def cpu_name() -> str:
+    """The processor's name, as well as it is known."""
+    found = re.search(r"^model name\s*: (.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those of `CPU_FEATURES` that the processor has."""
+    found = re.search(r"^flags\s*: (.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return [name for name in CPU_FEATURES if name in flags]
+
+
+def num_usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: what the system has free, within its cgroup."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        system = int(found[1]) * 1024 if found else 0
+    else:
+        system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    container = _cgroup_left_bytes(Path("/sys/fs/cgroup"))
+    return system if container is None else min(system, container)
+
+
+def _cgroup_left_bytes(root: Path) -> int | None:
+    """What a container's limit leaves; None without one. Knows cgroup v2, then v1."""
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+            stat = re.search(r"^inactive_file (\d+)", _text(limit.parent / "memory.stat"), re.M)
+            reclaimable = int(stat[1]) if stat else 0  # page cache, as MemAvailable counts it
+            return max(int(text) - int(used.read_text()) + reclaimable, 0)
+    return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
