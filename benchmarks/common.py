@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from penstock import hardware
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PACKAGES = ("penstock", "torch", "numpy", "transformers", "uvicorn", "starlette", "msgspec")
@@ -25,16 +27,13 @@ PACKAGES = ("penstock", "torch", "numpy", "transformers", "uvicorn", "starlette"
 
 def environment() -> dict[str, Any]:
     """Hardware and versions of this run."""
-    cpu = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
-        "cpu": cpu or platform.processor(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "cpu": hardware.cpu_name(),
+        "cpu_features": hardware.cpu_features(),
+        "num_cores": hardware.num_usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1m": os.getloadavg()[0],
         "python": platform.python_version(),

@@ -19,7 +19,7 @@ from penstock.types import EngineRequest, SamplingParams
 NUM_REQUESTS = 64
 PROMPT_LEN = 480
 OUTPUT_LEN = 32
-NUM_ROUNDS = 8  # each is A B B A
+NUM_ROUNDS = 5  # each is A B B A
 
 
 def prompts(rng: random.Random, share: float, vocab_size: int) -> list[list[int]]:
