@@ -89,10 +89,15 @@ def _overhead() -> list[tuple[str, str]]:
 
 def _prefix_cache() -> list[tuple[str, str]]:
     cold, warm = _load("prefix_cache")["figures"]["rows"]
-    cost = (cold["seconds_with_over_without"]["median"] - 1) * 100
+    cost, low, high = (
+        (cold["seconds_with_over_without"][name] - 1) * 100 for name in ("median", "min", "max")
+    )
     gain = 1 / warm["seconds_with_over_without"]["median"]
     return [
-        ("prefix cache, nothing ever found: time against no cache", f"{cost:+.1f} %"),
+        (
+            "prefix cache, nothing ever found: time against no cache",
+            f"{cost:+.1f} % (rounds from {low:+.1f} to {high:+.1f} %)",
+        ),
         (
             f"prefix cache, {warm['hit_rate']:.0%} of prompt tokens found: throughput against none",
             f"{gain:.2f}x",

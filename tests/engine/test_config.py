@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from penstock import builtin
 from penstock.engine.config import EngineConfig, resolve_model
 from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
@@ -85,3 +86,12 @@ def test_a_model_is_a_directory_or_built_in(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigError, match="neither a directory nor a built-in model"):
         resolve_model(str(tmp_path / "nowhere"))
+
+
+def test_a_directory_of_the_same_name_does_not_hide_a_built_in_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "brook").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("brook") == builtin.path("brook")
+    assert resolve_model("./brook") == Path("brook")

@@ -213,7 +213,7 @@ def test_shutdown_kills_a_child_that_does_not_end(monkeypatch: pytest.MonkeyPatc
         os.kill(client.pid, signal.SIGSTOP)
         await until(lambda: state_of(client.pid) == "T")
         await client.shutdown()
-        assert client._child.returncode == -signal.SIGKILL
+        assert client._child.wait(30) == -signal.SIGKILL
 
     asyncio.run(main())
 

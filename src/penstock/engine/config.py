@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from penstock import builtin
 from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
 
@@ -120,18 +121,16 @@ class EngineConfig:
 
 
 def resolve_model(name: str) -> Path:
-    """The directory that `name` means: a directory itself, or a model that ships with penstock.
+    """The directory that `name` means: a model that ships with penstock, or a directory itself.
 
     Raises:
         ConfigError: it is neither.
     """
+    if name in builtin.NAMES:  # `./brook` is the directory of that name
+        return builtin.path(name)
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory
-    from penstock import builtin  # its package data need not exist for a directory
-
-    if name in builtin.NAMES:
-        return builtin.path(name)
     raise ConfigError(
         f"`model` is `{name}`, which is neither a directory nor a built-in model.",
         hint=f"built-in: {_names(builtin.NAMES)}",
