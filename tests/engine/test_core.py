@@ -379,3 +379,16 @@ def test_too_little_memory_fails_before_loading(checkpoint: Path, tmp_path: Path
 def test_an_unknown_model_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no-such-model"):
         EngineCore.from_config(EngineConfig(model="no-such-model"))
+
+
+@pytest.mark.parametrize(("num_threads", "expected"), [(None, 1), (2, 2)])
+def test_a_small_model_runs_on_one_thread_unless_told(
+    checkpoint: Path, num_threads: int | None, expected: int
+) -> None:
+    """Threads that wait for one another cost a small model more than they give."""
+    before = torch.get_num_threads()
+    try:
+        EngineCore.from_config(EngineConfig(model=str(checkpoint), num_threads=num_threads))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -57,6 +57,7 @@ def _banner(url: str, info: EngineInfo, name: str, *, needs_key: bool) -> str:
         "",
         f"{name} answers at {url} (engine ready in {started_s:.1f} s). Try:",
         "",
+        *(["  export PENSTOCK_API_KEY=...  # one of the keys", ""] if needs_key else []),
         CURL.format(url=url, model=name, key=key, question=QUESTION),
         "",
         # As it was called, where it is not on the path (`make serve`).

@@ -124,6 +124,8 @@ class StreamingClient:
         """What `start` must wait for; `_started`, `_die` and `_settle` end the wait."""
         assert self._loaded is None, "a client starts once"
         self._loaded = asyncio.get_running_loop().create_future()
+        # Whoever awaits `start` may be gone when it fails: then nobody else asks for the error.
+        self._loaded.add_done_callback(lambda future: future.cancelled() or future.exception())
         if self._is_over:
             self._settle(self.dead)
         return self._loaded

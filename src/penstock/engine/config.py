@@ -71,7 +71,11 @@ class EngineConfig:
     )
     seed: int = _number(0, "--seed", "draws the seeds of requests that bring none", 0)
     num_threads: int | None = _number(
-        None, "--num-threads", "CPU threads of the model; default: all cores", 1, 4096
+        None,
+        "--num-threads",
+        "CPU threads of the model; default: all cores, or 1 for a model under 16M parameters",
+        1,
+        4096,
     )
 
     def __post_init__(self) -> None:

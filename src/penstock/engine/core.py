@@ -41,6 +41,10 @@ from penstock.types import (
 if TYPE_CHECKING:
     from penstock.engine.runner import Runner
 
+# Smaller models run on one thread: waiting for others costs more than they give, and on a busy
+# machine up to 100 times more (docs/LOG.md).
+ONE_THREAD_PARAMETERS = 16_000_000
+
 
 @final
 class EngineCore:
@@ -175,11 +179,11 @@ def _load(
         from penstock.models.loader import load_model
 
     with _timed(phases, "load"):
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         dtype = getattr(torch, config.dtype)
         model = load_model(path, dtype=dtype, load_format=config.load_format)
         spec, num_slots = model.spec, num_blocks * config.block_size
+        if num_threads := config.num_threads or int(spec.num_parameters < ONE_THREAD_PARAMETERS):
+            torch.set_num_threads(num_threads)
         attention = ReferenceAttention()
         if reasons := attention.unsupported(spec, dtype):
             raise UnsupportedModel(f"No attention can serve this model: {'; '.join(reasons)}.")

@@ -97,12 +97,12 @@ def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
     else:
         num_blocks = (config.kv_cache_memory_bytes or 0) // block_bytes
         enough = f"--kv-cache-memory-bytes {needed * block_bytes}"
-    if num_blocks < needed:
+    if (fits := num_blocks * config.block_size) < config.context_len:
         raise NotEnoughMemory(
             f"The KV cache of `{num_blocks}` blocks of `{config.block_size}` tokens is too small "
             f"for one request of `{config.context_len}` tokens.",
-            hint=f"use `{enough}` or more, or `--max-model-len` of at most "
-            f"{num_blocks * config.block_size}",
+            hint=f"use `{enough}` or more"
+            + (f", or `--max-model-len` of at most {fits}" if fits else ""),
         )
     return num_blocks
 
