@@ -200,6 +200,8 @@ def test_errors_are_a_sentence_and_a_hint() -> None:
     assert "does not answer" in unreachable.stderr
     assert penstock("chat", "x", "--temperature", "-1").stderr.startswith("error: `temperature`")
     assert penstock("serve", "--no-such-option").returncode == 2
+    assert "hint: penstock chat --model brook" in penstock("chat", "brook").stderr
+    assert penstock("chat", stdin="\n").stderr.startswith("error: The question is empty.")
 
 
 @pytest.mark.parametrize(("module", "extra"), [("torch", "engine"), ("httpx", "serve")])

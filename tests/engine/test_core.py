@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_tiny import EOS, VOCAB, Oracle, TinyModel, run
 
 from penstock.engine import runner

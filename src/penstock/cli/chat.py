@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from penstock import builtin
 from penstock.errors import ConfigError, EngineError, PenstockError
 from penstock.protocol.sse import DONE_DATA, Decoder
 from penstock.types import SamplingParams
@@ -49,6 +50,13 @@ def command(
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if question is None and not sys.stdin.isatty():
         question = _stdin()
+    if question in builtin.NAMES:
+        raise ConfigError(
+            f"`{question}` would be the question, and is a model.",
+            hint=f"penstock chat --model {question}",
+        )
+    if question == "":
+        raise ConfigError("The question is empty.", hint="give it as an argument or on stdin")
     if as_json and question is None:
         raise ConfigError("`--json` needs a question.", hint='penstock chat --json "Hello!"')
     partner = Remote(url, model, api_key) if url else Local(model or "brook")
