@@ -1,7 +1,7 @@
 """What a decode step costs beside the model: scheduler, batch building, sampling, events.
 
-The model is replaced by one that returns the same logits at once, attention's plan by nothing; all
-else is the engine as it serves. Reported by number of running requests, size of the vocabulary and
+The model is replaced by one that returns the same logits at once; all else is the engine as it
+serves. Reported by number of running requests, size of the vocabulary and
 kind of sampling; the phases are timed in a second pass of the same steps.
 """
 
@@ -11,15 +11,16 @@ import time
 from itertools import pairwise
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.common import environment, summary, write
-from penstock.attention.base import AttentionLayer, AttentionShape, ForwardBatch
-from penstock.attention.kv_store import KVStore
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.engine.runner import Runner
 from penstock.engine.state import DeviceState
+from penstock.models.batch import ForwardBatch
+from penstock.models.spec import ModelSpec
 from penstock.types import EngineInfo, EngineRequest, SamplingParams
 
 MAX_MODEL_LEN = 1024
@@ -40,41 +41,22 @@ class ConstantModel:
     """Answers at once, always with the same random logits."""
 
     def __init__(self, vocab_size: int, num_rows: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._logits = torch.randn(num_rows, vocab_size, generator=generator) * 3
-        self._hidden = torch.zeros(num_rows * PROMPT_LEN, 1)
-        self.spent_s = 0.0  # on copies for the sampler to write to, as a model makes new logits
+        generator = np.random.default_rng(0)
+        self._logits = generator.standard_normal((num_rows, vocab_size), np.float32) * np.float32(3)
+        self.spent_s = 0.0  # on copies, as a model makes new logits
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        return self._hidden[: len(batch.input_ids)]
+    @property
+    def spec(self) -> ModelSpec:
+        raise AssertionError("nothing in a step asks for the shapes of the model")
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> None:
+        """Nothing to compute."""
+
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         started_s = time.perf_counter()
-        logits = self._logits[: len(hidden)].clone()
+        logits = self._logits[: len(rows)].copy()
         self.spent_s += time.perf_counter() - started_s
         return logits
-
-
-class NoAttention:
-    """Plans nothing and is never asked to attend."""
-
-    name = "none"
-
-    def unsupported(self, shape: AttentionShape, kv_dtype: torch.dtype) -> list[str]:
-        return []
-
-    def plan(self, batch: ForwardBatch) -> object:
-        return None
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-    ) -> torch.Tensor:
-        raise AssertionError("the constant model has no attention")
 
 
 def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, Runner, ConstantModel]:
@@ -93,10 +75,9 @@ def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, Runner, Const
         num_blocks=num_blocks,
         max_num_seqs=num_running,
     )
-    kv = KVStore(1, num_blocks * BLOCK_SIZE, 1, 1, torch.float32)
     state = DeviceState(num_running, MAX_MODEL_LEN, BLOCK_SIZE)
     model = ConstantModel(vocab_size, num_running)
-    runner = Runner(model, state, kv, NoAttention(), ())
+    runner = Runner(model, state, ())
     return EngineCore(config, info, runner), runner, model
 
 
@@ -136,7 +117,6 @@ def measure(num_running: int, vocab_size: int, params: SamplingParams) -> dict[s
 
 def main() -> None:
     before = environment()
-    torch.set_num_threads(1)
     rows = []
     for vocab_size in (2048, 49152):
         for num_running in (1, 16, 64, 256):

@@ -27,7 +27,7 @@ SAME_TIER = {
     ("types", "errors"),
     ("extras", "errors"),
     ("layers", "quantization"),
-    ("attention", "layers"),
+    ("layers", "attention"),
     ("adapt", "measure"),
     ("explorer", "measure"),
     ("measure", "llm"),
@@ -35,6 +35,14 @@ SAME_TIER = {
 }
 TORCH_FREE = [
     "penstock",
+    "penstock.layers.toolkit",
+    "penstock.models.base",
+    "penstock.models.blocks",
+    "penstock.models.llama",
+    "penstock.models.load",
+    "penstock.models.loader",
+    "penstock.models.registry",
+    "penstock.models.spec",
     "penstock.types",
     "penstock.protocol.openai",
     "penstock.text.stream",
@@ -43,27 +51,47 @@ TORCH_FREE = [
     "penstock.engine.process",
     "penstock.engine.config",
     "penstock.engine.scheduler",
+    "penstock.engine.batch",
+    "penstock.engine.runner",
+    "penstock.engine.sampler",
     "penstock.engine.core",
     "penstock.server.app",
     "penstock.cli.main",
 ]
+# Who may name torch at all: the leaves that compute with it, attention, and the model around them.
+USES_TORCH = {
+    "attention/base.py",
+    "attention/kv_store.py",
+    "attention/reference.py",
+    "cli/doctor.py",
+    "layers/embedding.py",
+    "layers/linear.py",
+    "layers/materials.py",
+    "layers/norm.py",
+    "layers/rotary.py",
+    "layers/torch_toolkit.py",
+    "models/torch_model.py",
+}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The parts of penstock that a file imports, at any depth of nesting."""
+def modules_of(path: Path) -> set[str]:
+    """The modules that a file imports, at any depth of nesting."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module]
             if node.module == "penstock":
-                names = [f"penstock.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("penstock.")}
+                found |= {f"penstock.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
     return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """The parts of penstock that a file imports."""
+    return {name.split(".")[1] for name in modules_of(path) if name.startswith("penstock.")}
 
 
 def part_of(path: Path) -> str:
@@ -102,3 +130,12 @@ def test_no_torch(module: str) -> None:
         f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_who_imports_torch() -> None:
+    found = {
+        str(path.relative_to(SRC))
+        for path in SRC.rglob("*.py")
+        if any(name.split(".")[0] == "torch" for name in modules_of(path))
+    }
+    assert found == USES_TORCH

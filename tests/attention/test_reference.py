@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.attention import reference
-from penstock.attention.base import AttentionLayer, ForwardBatch
+from penstock.attention.base import AttentionLayer, TorchBatch
 from penstock.attention.kv_store import KVStore
 from penstock.attention.reference import ReferenceAttention
 
@@ -21,7 +21,7 @@ def make_batch(
     block_size: int,
     attention: ReferenceAttention,
     generator: torch.Generator,
-) -> ForwardBatch:
+) -> TorchBatch:
     """Rows over scattered blocks; table entries past a row's context are not valid ids."""
     counts = [-(-context // block_size) for _, context in rows]
     ids = torch.randperm(kv.num_slots // block_size, generator=generator).tolist()
@@ -36,7 +36,7 @@ def make_batch(
             slots.append(blocks[position // block_size] * block_size + position % block_size)
     lengths = [length for length, _ in rows]
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    batch = ForwardBatch(
+    batch = TorchBatch(
         input_ids=torch.zeros(sum(lengths), dtype=torch.int64),
         positions=torch.tensor(positions),
         query_start=starts.int(),
@@ -44,7 +44,6 @@ def make_batch(
         slot_mapping=torch.tensor(slots),
         block_table=table,
         block_size=block_size,
-        logit_rows=starts[1:] - 1,
         kv=kv,
         attention=attention,
         lengths=lengths,
@@ -54,7 +53,7 @@ def make_batch(
     return batch
 
 
-def expected(q: torch.Tensor, batch: ForwardBatch, layer: AttentionLayer) -> torch.Tensor:
+def expected(q: torch.Tensor, batch: TorchBatch, layer: AttentionLayer) -> torch.Tensor:
     """Attention by its definition, query by query, in fp64."""
     out = torch.empty(q.shape, dtype=torch.float64)
     token, size = 0, batch.block_size

@@ -25,9 +25,10 @@ from penstock.engine import sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.engine.plan import Admission, StepPlan
-from penstock.engine.runner import Model, Runner
+from penstock.engine.runner import Runner
 from penstock.engine.state import DeviceState
-from penstock.models.loader import load_model
+from penstock.models.load import load_model
+from penstock.models.torch_model import TorchModel
 from penstock.types import (
     EngineInfo,
     EngineRequest,
@@ -149,7 +150,7 @@ class NaiveLlama:
 class TinyModel(NamedTuple):
     """The checkpoint as our loader reads it."""
 
-    model: Model
+    model: TorchModel
 
     def core(
         self, *, max_model_len: int = 64, num_blocks: int | None = None, **settings: Any
@@ -162,7 +163,8 @@ class TinyModel(NamedTuple):
         kv = KVStore(2, num_blocks * block_size, 2, 8, torch.float32)
         kv.data.fill_(1e4)  # what is read without having been written shows
         state = DeviceState(max_num_seqs, max_model_len, block_size)
-        runner = Runner(self.model, state, kv, ReferenceAttention(), (EOS,))
+        model = TorchModel(self.model.decoder, kv, ReferenceAttention())
+        runner = Runner(model, state, (EOS,))
         info = EngineInfo(
             model="tiny",
             max_model_len=max_model_len,
@@ -177,7 +179,9 @@ class TinyModel(NamedTuple):
 
 
 def load_tiny(checkpoint: Path) -> TinyModel:
-    return TinyModel(load_model(checkpoint, dtype=torch.float32))
+    model = load_model(checkpoint, backend="torch", dtype="float32", num_blocks=1, block_size=1)
+    assert isinstance(model, TorchModel)
+    return TinyModel(model)
 
 
 @dataclass
@@ -228,7 +232,7 @@ def cut_at(core: EngineCore, points: Collection[int]) -> None:
 
         setattr(owner, name, call)
 
-    attention, state = core._runner._attention, core._runner._state
+    attention, state = core._runner._model._attention, core._runner._state
     for owner, name in (
         (state, "apply"),
         (attention, "plan"),
@@ -372,5 +376,5 @@ def sample_alone(
     """One token by the real sampler (which has an oracle of its own), alone in a fresh state."""
     state = DeviceState(1, len(token_ids) + 1, 1)
     state.apply(StepPlan([], [Admission(0, token_ids, num_prompt, params, seed)], [], []))
-    sampled = sampler.sample(logits[None], np.zeros(1, np.int64), state, (EOS,))
+    sampled = sampler.sample(logits[None].numpy(), np.zeros(1, np.int64), state, (EOS,))
     return int(sampled.token_ids[0])

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -46,7 +45,7 @@ def run(
     logits: NDArray[np.float32], rows: list[Row], places: list[int] | None = None
 ) -> tuple[list[int], dict[int, TokenLogprobs]]:
     places = list(range(len(rows))) if places is None else places
-    result = sample(torch.from_numpy(logits), np.array(places), make_state(rows, places), EOS)
+    result = sample(logits, np.array(places), make_state(rows, places), EOS)
     return result.token_ids.tolist(), result.logprobs
 
 
@@ -261,7 +260,7 @@ def test_the_frequencies_are_those_of_the_distribution(name: str) -> None:
     for start in range(0, num_draws, 100):
         rows = [replace(row, seed=start + i) for i in range(100)]
         state = make_state(rows)
-        tiled = torch.from_numpy(np.repeat(logits, 100, axis=0))
+        tiled = np.repeat(logits, 100, axis=0)
         counts += np.bincount(
             sample(tiled, np.arange(100), state, EOS).token_ids, minlength=vocab_size
         )
@@ -380,7 +379,7 @@ def test_logprobs_are_of_the_raw_logits(vocab_size: int) -> None:
 def test_prompt_logprobs(k: int) -> None:
     logits = random_logits(9, 20, 500, 2.0)
     targets = np.arange(20) * 7
-    found = prompt_logprobs(torch.from_numpy(logits), targets, k)
+    found = prompt_logprobs(logits, targets, k)
     for i, one in enumerate(found):
         assert_same_logprobs(one, oracle_logprobs(logits[i], int(targets[i]), k))
 

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.attention.kv_store import KVStore
-from penstock.attention.reference import ReferenceAttention
 from penstock.engine.batch import build_batch
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.sampler import sample
@@ -131,7 +128,7 @@ def test_extreme_parameters_are_sampled_with(name: str, value: Any, temperature:
     params = SamplingParams(**common | {name: value})
     state = DeviceState(1, MAX_LEN, 4)
     state.apply(StepPlan([], [Admission(0, [1, 2, 5, 5, 6], 3, params, seed=1)], [], []))
-    logits = torch.linspace(-30, 60, 7)[None]
+    logits = np.linspace(-30, 60, 7, dtype=np.float32)[None]
     with np.errstate(over="raise", divide="raise", invalid="raise"):
         token_id = int(sample(logits, np.array([0]), state, (6,)).token_ids[0])
     assert token_id not in params.banned_token_ids
@@ -146,7 +143,10 @@ def test_a_penalty_of_nearly_nothing_excludes_nothing() -> None:
     )
     state = DeviceState(1, MAX_LEN, 4)
     state.apply(StepPlan([], [Admission(0, [0, 1, 3], 3, params, seed=1)], [], []))
-    for logits in (torch.linspace(-1, 1, 5), -torch.linspace(1, 2, 5)):
+    for logits in (
+        np.linspace(-1, 1, 5, dtype=np.float32),
+        -np.linspace(1, 2, 5, dtype=np.float32),
+    ):
         assert sample(logits[None], np.array([0]), state, ()).token_ids.tolist() == [2]
 
 
@@ -165,7 +165,7 @@ def test_token_ids_become_arrays_when_the_row_is_taken() -> None:
     for name in ("allowed_token_ids", "banned_token_ids", "stop_token_ids"):
         object.__setattr__(params, name, (0, 1))  # nobody looks at these again
     for _ in range(3):
-        sampled = sample(torch.zeros(1, 6), np.array([0]), state, (0,))
+        sampled = sample(np.zeros((1, 6), np.float32), np.array([0]), state, (0,))
         assert sampled.token_ids.tolist() == [2]
         state.append(np.array([0]), sampled.token_ids)
     state.apply(StepPlan([], [], [0], []))
@@ -212,9 +212,8 @@ def test_the_batch_is_what_a_loop_would_write(
             [(row, blocks) for row, *_, blocks in described],
         )
     )
-    kv = KVStore(1, NUM_ROWS * MAX_LEN * block_size, 1, 4, torch.float32)
     slices = [Slice(row, start, length) for row, _, start, length, _ in described]
-    batch = build_batch(slices, state, kv, ReferenceAttention())
+    batch = build_batch(slices, state)
 
     input_ids, positions, slots, query_start, logit_rows, sampled = [], [], [], [0], [], []
     for row, token_ids, start, length, blocks in described:
@@ -227,16 +226,16 @@ def test_the_batch_is_what_a_loop_would_write(
             logit_rows.append(len(input_ids) - 1)
             sampled.append(row)
     forward = batch.forward
-    for tensor, wanted, dtype in [
-        (forward.input_ids, input_ids, torch.int64),
-        (forward.positions, positions, torch.int64),
-        (forward.slot_mapping, slots, torch.int64),
-        (forward.query_start, query_start, torch.int32),
+    for array, wanted, dtype in [
+        (forward.input_ids, input_ids, np.int64),
+        (forward.positions, positions, np.int64),
+        (forward.slot_mapping, slots, np.int64),
+        (forward.query_start, query_start, np.int32),
         (forward.context_len, [start + length for _, _, start, length, _ in described], None),
-        (forward.logit_rows, logit_rows, torch.int64),
+        (forward.logit_rows, logit_rows, np.int64),
     ]:
-        assert tensor.tolist() == wanted
-        assert tensor.dtype == (dtype or torch.int32)
+        assert array.tolist() == wanted
+        assert array.dtype == (dtype or np.int32)
     assert batch.rows.tolist() == [row for row, *_ in described]
     assert batch.sampled_rows.tolist() == sampled
     assert forward.lengths == [length for *_, length, _ in described]

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from penstock.layers.embedding import Embedding, LMHead
-from penstock.layers.linear import Linear, Part, packs, product
+from penstock.layers.linear import Linear, packs, product
+from penstock.layers.materials import Materials
 from penstock.layers.norm import RMSNorm
 from penstock.layers.rotary import Rotary
-from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling
-from penstock.layers.weights import Materials
+from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling, frequencies
+from penstock.layers.toolkit import Layer, Part, StoredTensor
+from penstock.layers.torch_toolkit import TorchToolkit
 
 FP32 = Materials(torch.float32)
 BF16 = Materials(torch.bfloat16)
+
+
+def batch_of(**tensors: torch.Tensor) -> Any:
+    """As much of a `TorchBatch` as a leaf reads."""
+    return SimpleNamespace(shared={}, **tensors)
+
+
+def stored(name: str, values: torch.Tensor) -> StoredTensor:
+    """fp32 values as a checkpoint has them."""
+    data = values.float().contiguous().numpy().reshape(-1).view(np.uint8)
+    return StoredTensor(name, "F32", tuple(values.shape), data)
+
+
+def load(layer: Layer) -> dict[str, torch.Tensor]:
+    """Load random numbers, as far as the layer's format has them; them in fp64, by name."""
+    given = {}
+    for weight in layer.weights():
+        values = torch.randn(weight.shape).bfloat16()
+        weight.load(stored(weight.name, values))
+        given[weight.name] = values.double()
+    return given
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-1])
@@ -23,11 +48,11 @@ BF16 = Materials(torch.bfloat16)
 def test_rms_norm_is_its_definition(size: int, eps: float) -> None:
     torch.manual_seed(size)
     norm = RMSNorm("norm", size, eps, FP32)
-    norm.weight.copy_(torch.randn(size))
+    (scale,) = load(norm).values()
     norm.finish()
     x = torch.randn(5, size) * torch.tensor([1e-8, 1e-3, 1.0, 1e3, 1e8])[:, None]
     x64 = x.double()
-    expected = x64 / (x64.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight.double()
+    expected = x64 / (x64.square().mean(-1, keepdim=True) + eps).sqrt() * scale
     torch.testing.assert_close(norm(x).double(), expected, rtol=3e-6, atol=1e-12)
     zero = torch.zeros(1, size)
     assert torch.equal(norm(zero), zero)
@@ -39,6 +64,8 @@ def test_rms_norm_adds_to_the_residual_in_place() -> None:
     residual, x = torch.randn(3, 8), torch.randn(3, 8)
     total = residual + x
     torch.testing.assert_close(norm.add(residual, x), norm(total))
+    torch.testing.assert_close(residual, total)
+    torch.testing.assert_close(norm.add(residual, None), norm(total))
     torch.testing.assert_close(residual, total)
 
 
@@ -75,10 +102,13 @@ def _llama3_frequency(frequency: float, scaling: Llama3Scaling) -> float:
 )
 def test_rotary_turns_pairs_by_their_angle(scaling: RopeScaling | None) -> None:
     head_dim, theta = 16, 1000.0
-    rotary = Rotary(head_dim, theta, scaling, dtype=torch.float32)
+    rotary = Rotary(3, head_dim, theta, scaling, FP32)
     positions = torch.tensor([0, 1, 5, 250])
-    x = torch.randn(4, 3, head_dim)
-    y = rotary(x, rotary.angles(positions))
+    x = torch.randn(4, 5, head_dim)
+    qkv = x.reshape(4, -1).clone()
+    y = rotary(qkv, batch_of(positions=positions)).view(4, 5, head_dim)
+    assert torch.equal(y[:, 3:], x[:, 3:])  # values have no position
+    x, y = x[:, :3], y[:, :3]
     for t, position in enumerate(positions.tolist()):
         for i in range(head_dim // 2):
             frequency = theta ** (-2 * i / head_dim)
@@ -93,13 +123,36 @@ def test_rotary_turns_pairs_by_their_angle(scaling: RopeScaling | None) -> None:
             torch.testing.assert_close(turned, b * cos + a * sin, rtol=0, atol=1e-4)
 
 
+def test_angles_are_computed_once_a_step() -> None:
+    """All layers share them through the batch, and another rotary has its own."""
+    batch = batch_of(positions=torch.tensor([3]))
+    rotary, other = Rotary(1, 8, 100.0, None, FP32), Rotary(1, 8, 200.0, None, FP32)
+    x = torch.randn(1, 8)
+    first = rotary(x.clone(), batch).clone()
+    batch.positions = None  # nobody looks again
+    assert torch.equal(rotary(x.clone(), batch), first)
+    batch.positions = torch.tensor([3])
+    assert not torch.equal(other(x.clone(), batch), first)
+
+
+@pytest.mark.parametrize("head_dim", [6, 64, 80, 128])
+@pytest.mark.parametrize("theta", [100.0, 1e4, 5e5])
+def test_frequencies_are_those_of_transformers(head_dim: int, theta: float) -> None:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    torch.testing.assert_close(
+        torch.from_numpy(frequencies(head_dim, theta, None)),
+        1.0 / theta**exponents,
+        rtol=1.2e-7,  # one unit in the last place
+        atol=0,
+    )
+
+
 def test_llama3_scaling_has_all_three_cases() -> None:
     scaling = Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=64
     )
-    ratios = scaling.apply(torch.tensor([1.0, 2 * math.pi / 30, 1e-3])) / torch.tensor(
-        [1.0, 2 * math.pi / 30, 1e-3]
-    )
+    plain = np.array([1.0, 2 * math.pi / 30, 1e-3], np.float32)
+    ratios = scaling.apply(plain) / plain
     assert ratios[0] == 1.0
     assert 1 / 8 < ratios[1] < 1.0
     assert ratios[2] == 1 / 8
@@ -111,12 +164,9 @@ def test_llama3_scaling_has_all_three_cases() -> None:
 def test_linear_joins_its_parts(materials: Materials, bias: bool, num_tokens: int) -> None:
     torch.manual_seed(num_tokens)
     linear = Linear(24, [Part("q", 10), Part("k", 3), Part("v", 4)], bias=bias, materials=materials)
-    weights = {weight.name: weight.data for weight in linear.weights()}
+    kept = load(linear)
     names = [f"{part}.{kind}" for part in "qkv" for kind in (["weight", "bias"][: 1 + bias])]
-    assert list(weights) == names
-    for data in weights.values():
-        data.copy_(torch.randn(data.shape))
-    kept = {name: data.clone().double() for name, data in weights.items()}
+    assert list(kept) == names
     linear.finish()
     x = torch.randn(num_tokens, 24, dtype=materials.dtype)
     expected = torch.cat(
@@ -126,6 +176,45 @@ def test_linear_joins_its_parts(materials: Materials, bias: bool, num_tokens: in
     y = linear(x)
     assert y.dtype == materials.dtype
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * 5)
+
+
+@pytest.mark.parametrize("materials", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_gated_linear_multiplies_its_halves(materials: Materials) -> None:
+    torch.manual_seed(0)
+    parts = [Part("gate", 7), Part("up", 7)]
+    linear = Linear(12, parts, bias=True, gated=True, materials=materials)
+    kept = load(linear)
+    linear.finish()
+    x = torch.randn(5, 12, dtype=materials.dtype)
+    gate, up = (x.double() @ kept[f"{p}.weight"].T + kept[f"{p}.bias"] for p in ("gate", "up"))
+    y = linear(x)
+    assert y.dtype == materials.dtype
+    tolerance = 1e-5 if materials is FP32 else 5e-2
+    expected = gate * gate.sigmoid() * up
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * 5)
+
+
+def test_vectors_that_are_not_loaded_change_nothing() -> None:
+    """What dummy weights rely on: scales are 1, biases 0."""
+    norm = RMSNorm("norm", 4, 1e-6, FP32)
+    norm.finish()
+    torch.testing.assert_close(norm(torch.ones(1, 4)), torch.ones(1, 4))
+    linear = Linear(3, [Part("a", 2)], bias=True, materials=FP32)
+    weight, _ = linear.weights()
+    weight.load(stored(weight.name, torch.randn(2, 3)))
+    linear.finish()
+    assert not linear(torch.zeros(1, 3)).any()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_numbers_need_not_be_aligned(offset: int) -> None:
+    norm = RMSNorm("norm", 4, 1e-6, FP32)
+    (weight,) = norm.weights()
+    values = torch.randn(4)
+    whole = stored(weight.name, values)
+    shifted = np.concatenate([np.zeros(offset, np.uint8), whole.data])[offset:]
+    weight.load(whole._replace(data=shifted))
+    assert torch.equal(norm.weight, values)
 
 
 def test_product_works_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,32 +227,30 @@ def test_product_works_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embedding_and_tied_head() -> None:
-    embedding = Embedding("embed", 11, 6, BF16)
-    head = LMHead("head", 11, 6, BF16, tied_to=embedding)
+    toolkit = TorchToolkit(BF16)
+    embedding = toolkit.embedding("embed", 11, 6)
+    head = toolkit.head("head", 11, 6, embedding)
     (weight,) = embedding.weights()
     (duplicate,) = head.weights()
-    assert not weight.duplicate
-    assert duplicate.duplicate
-    assert duplicate.data.data_ptr() == weight.data.data_ptr()
-    weight.data.copy_(torch.randn(11, 6))
+    assert weight.duplicate_of is None
+    assert (duplicate.name, duplicate.duplicate_of) == ("head.weight", "embed.weight")
+    assert duplicate.shape == weight.shape
+    table = load(embedding)["embed.weight"]
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
     embedding.finish()
     head.finish()
-    ids = torch.tensor([3, 3, 10])
-    vectors = embedding(ids)
-    assert torch.equal(vectors, embedding.weight[ids])
+    batch = batch_of(input_ids=torch.tensor([3, 3, 10]))
+    vectors = embedding(batch)
+    assert torch.equal(vectors.double(), table[batch.input_ids])
     vectors.zero_()  # the caller's own copy
     assert embedding.weight[3].any()
-    logits = head(embedding(ids))
+    logits = head(embedding(batch))
     assert logits.dtype == torch.float32
-    expected = embedding.weight[ids].float() @ embedding.weight.float().T
-    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    expected = table[batch.input_ids] @ table.T
+    torch.testing.assert_close(logits.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_untied_head_owns_its_table() -> None:
-    head = LMHead("head", 4, 3, FP32)
+    head = TorchToolkit(FP32).head("head", 4, 3, None)
     (weight,) = head.weights()
-    assert (weight.name, tuple(weight.data.shape), weight.duplicate) == (
-        "head.weight",
-        (4, 3),
-        False,
-    )
+    assert (weight.name, weight.shape, weight.duplicate_of) == ("head.weight", (4, 3), None)

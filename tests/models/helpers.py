@@ -1,39 +1,43 @@
-"""Batches for models in tests: a request is a row with blocks of its own."""
+"""Models for tests, and batches for them: a request is a row with blocks of its own."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 
-from penstock.attention.base import AttentionBackend, ForwardBatch
-from penstock.attention.kv_store import KVStore
-from penstock.attention.reference import ReferenceAttention
-from penstock.models.blocks import Decoder
+from penstock.models.base import Model
+from penstock.models.batch import ForwardBatch
+from penstock.models.load import load_model
+
+NUM_BLOCKS = 512
+MAX_BLOCK_SIZE = 48  # sessions of any block size that divides it share the slots of a model
+
+
+def load(path: Path, dtype: str = "float32", **options: Any) -> Model:
+    """The model of a directory, with slots for a `Sessions`."""
+    return load_model(
+        path,
+        backend="torch",
+        dtype=dtype,
+        num_blocks=NUM_BLOCKS,
+        block_size=MAX_BLOCK_SIZE,
+        **options,
+    )
 
 
 class Sessions:
-    """Token rows over one KV store; blocks are handed out in a scattered order."""
+    """Token rows over a model's KV store; blocks are handed out in a scattered order."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        *,
-        block_size: int,
-        num_blocks: int = 512,
-        attention: AttentionBackend | None = None,
-    ) -> None:
-        spec = model.spec
+    def __init__(self, model: Model, *, block_size: int) -> None:
+        assert MAX_BLOCK_SIZE % block_size == 0
         self.model = model
         self.block_size = block_size
-        self.attention = attention or ReferenceAttention()
-        self.kv = KVStore(
-            spec.num_layers,
-            num_blocks * block_size,
-            spec.num_kv_heads,
-            spec.head_dim,
-            model.embedding.weight.dtype,
-        )
-        generator = torch.Generator().manual_seed(num_blocks)
-        self.free = torch.randperm(num_blocks, generator=generator).tolist()
+        self.free = list(range(NUM_BLOCKS))
+        random.Random(0).shuffle(self.free)
         self.blocks: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
 
@@ -60,25 +64,22 @@ class Sessions:
         width = max(len(self.blocks[name]) for name in work) + 1
         # Entries past a row's blocks must not be read: a poisoned id would raise.
         table = [self.blocks[n] + [2**30] * (width - len(self.blocks[n])) for n in work]
-        batch = ForwardBatch(
-            input_ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            context_len=torch.tensor(contexts, dtype=torch.int32),
-            slot_mapping=torch.tensor(slots),
-            block_table=torch.tensor(table, dtype=torch.int32),
+        return ForwardBatch(
+            input_ids=np.array(ids, np.int64),
+            positions=np.array(positions, np.int64),
+            query_start=np.array(starts, np.int32),
+            context_len=np.array(contexts, np.int32),
+            slot_mapping=np.array(slots, np.int64),
+            block_table=np.array(table, np.int32),
             block_size=self.block_size,
-            logit_rows=torch.tensor(starts[1:]) - 1,
-            kv=self.kv,
-            attention=self.attention,
+            logit_rows=np.array(starts[1:], np.int64) - 1,
             lengths=[len(tokens) for tokens in work.values()],
             context_lens=contexts,
         )
-        batch.meta = self.attention.plan(batch)
-        return batch
 
     def step(self, work: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         """Compute the next tokens of each named row; logits of all of them, [length, V]."""
         batch = self.batch(work)
-        logits = self.model.logits(self.model.forward(batch))
+        self.model.forward(batch)
+        logits = torch.from_numpy(self.model.logits(np.arange(len(batch.input_ids))).copy())
         return dict(zip(work, torch.split(logits, batch.lengths), strict=True))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.models.helpers import Sessions
+from tests.models.helpers import Sessions, load
 
 from penstock.errors import ModelLoadError, UnsupportedModel, WeightMismatch
-from penstock.layers.weights import Materials
+from penstock.layers.materials import Materials
+from penstock.layers.toolkit import StoredTensor, Weight
+from penstock.layers.torch_toolkit import TorchToolkit
 from penstock.models.files import read_config, read_generation_eos
-from penstock.models.loader import load_model
+from penstock.models.loader import load_weights
 from penstock.models.registry import builder
+from penstock.models.safetensors import map_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,8 +56,8 @@ def write(path: Path, content: dict[str, torch.Tensor], **config: Any) -> Path:
     return path
 
 
-def logits(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model = load_model(path, dtype=dtype)
+def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
+    model = load(path, dtype)
     return Sessions(model, block_size=4).step({"a": [1, 5, 12, 3]})["a"]
 
 
@@ -64,7 +69,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     content[f"{LAYER}.self_attn.q_proj.bias"] = torch.zeros(8)
     content["lm_head.weight"] = torch.zeros(13, 8, dtype=torch.int8)
     with pytest.raises(WeightMismatch) as caught:
-        load_model(write(tmp_path, content), dtype=torch.float32)
+        load(write(tmp_path, content))
     message = caught.value.message
     assert message.startswith("`5` weights")
     assert "missing: `model.norm.weight`, [8]" in message
@@ -77,7 +82,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 def test_many_problems_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     content = tensors() | {f"stray.{i:02}": torch.zeros(1) for i in range(25)}
     with pytest.raises(WeightMismatch) as caught:
-        load_model(write(tmp_path, content, num_hidden_layers=4), dtype=torch.float32)
+        load(write(tmp_path, content, num_hidden_layers=4))
     lines = caught.value.message.splitlines()
     assert lines[0].startswith(f"`{3 * 9 + 25}` weights")
     assert [line.strip() for line in lines if "more" in line] == [
@@ -102,7 +107,7 @@ def test_formats_are_converted(tmp_path: Path, stored: torch.dtype) -> None:
     exact = logits(write(tmp_path, {name: t.float() for name, t in rounded.items()}))
     write(tmp_path, rounded)
     assert torch.equal(logits(tmp_path), exact)
-    near = logits(tmp_path, torch.bfloat16)
+    near = logits(tmp_path, "bfloat16")
     assert near.dtype == torch.float32
     assert (near - exact).abs().max() < 0.1 * exact.abs().max()
 
@@ -118,17 +123,17 @@ def test_shards_follow_the_index(tmp_path: Path) -> None:
     # A file that the index does not name is not read.
     save_file({"stray": torch.zeros(1)}, tmp_path / "c.safetensors")
     with pytest.raises(ModelLoadError, match="`3` safetensors files and no"):
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     index_file = tmp_path / "model.safetensors.index.json"
     index_file.write_text(json.dumps(index))
     assert torch.equal(logits(tmp_path), whole)
     save_file(content, tmp_path / "b.safetensors")
     with pytest.raises(WeightMismatch, match=r"repeated: `model.embed_tokens.weight` is in `a\."):
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"names `b\.safetensors`, which is not a file"):
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,7 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: Any) -> None:
     write(tmp_path, tensors())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelLoadError) as caught:
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     caught.value.message.encode()  # it can be printed
 
 
@@ -153,7 +158,7 @@ def test_truncated_files_are_refused(tmp_path: Path, keep: int) -> None:
     file = write(tmp_path, tensors()) / FILE
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ModelLoadError, match="cannot be read") as caught:
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     assert caught.value.hint is not None
 
 
@@ -161,19 +166,19 @@ def test_garbage_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path, tensors()) / FILE
     file.write_bytes(b"\xff" * 400)
     with pytest.raises(ModelLoadError, match="cannot be read"):
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
 
 
 def test_pickles_are_refused_and_not_opened(tmp_path: Path) -> None:
     write(tmp_path, tensors())
     (tmp_path / FILE).rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match=r"`pytorch_model\.bin`, a pickle") as caught:
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     assert caught.value.hint is not None
     assert "safe_serialization" in caught.value.hint
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(ModelLoadError, match="has no safetensors file"):
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
 
 
 def test_tied_head(tmp_path: Path) -> None:
@@ -181,14 +186,14 @@ def test_tied_head(tmp_path: Path) -> None:
     untied = logits(write(tmp_path, content))
     own = content.pop("lm_head.weight")
     with pytest.raises(WeightMismatch, match=r"missing: `lm_head\.weight`"):
-        load_model(write(tmp_path, content), dtype=torch.float32)
+        load(write(tmp_path, content))
     tied = logits(write(tmp_path, content, tie_word_embeddings=True))
     assert not torch.allclose(tied, untied)
     content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
     assert torch.equal(logits(write(tmp_path, content, tie_word_embeddings=True)), tied)
     content["lm_head.weight"] = own
     with pytest.raises(WeightMismatch, match="differs from the table"):
-        load_model(write(tmp_path, content, tie_word_embeddings=True), dtype=torch.float32)
+        load(write(tmp_path, content, tie_word_embeddings=True))
 
 
 def test_dummy_weights_need_the_config_only(tmp_path: Path) -> None:
@@ -196,13 +201,92 @@ def test_dummy_weights_need_the_config_only(tmp_path: Path) -> None:
     (tmp_path / FILE).unlink()
 
     def dummy(seed: int) -> torch.Tensor:
-        model = load_model(tmp_path, dtype=torch.float32, load_format="dummy", seed=seed)
-        assert 0.015 < model.embedding.weight.std() < 0.025
+        model = load(tmp_path, load_format="dummy", seed=seed)
+        assert 0.015 < model.decoder.embedding.weight.std() < 0.025
         return Sessions(model, block_size=4).step({"a": [1, 2]})["a"]
 
     assert dummy(1).isfinite().all()
     assert torch.equal(dummy(1), dummy(1))
     assert not torch.equal(dummy(1), dummy(2))
+
+
+class Recorder:
+    """A leaf that notes what the loader does with it."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], copies: dict[str, str]) -> None:
+        self.shapes = shapes
+        self.copies = copies
+        self.loaded: dict[str, bytes] = {}
+        self.num_finished = 0
+
+    def weights(self) -> Iterator[Weight]:
+        for name, shape in self.shapes.items():
+            yield Weight(name, shape, self.load, self.copies.get(name))
+
+    def load(self, stored: StoredTensor) -> None:
+        assert self.num_finished == 0
+        assert stored.name not in self.loaded
+        assert stored.shape == self.shapes[stored.name]
+        self.loaded[stored.name] = stored.data.tobytes()
+
+    def finish(self) -> None:
+        self.num_finished += 1
+
+
+def test_any_leaf_gets_its_bytes_in_the_order_of_the_file(tmp_path: Path) -> None:
+    content = {name: torch.full((3,), float(i)) for i, name in enumerate("dacb")}
+    save_file(content | {"copy": content["a"].clone()}, tmp_path / FILE)
+    order = [tensor.name for tensor in map_tensors(tmp_path / FILE) if tensor.name != "copy"]
+    leaf = Recorder(dict.fromkeys(["b", "c", "copy", "a", "d"], (3,)), {"copy": "a"})
+    load_weights([leaf], tmp_path)
+    assert list(leaf.loaded) == order  # and not the copy
+    assert leaf.loaded == {name: content[name].numpy().tobytes() for name in order}
+    assert leaf.num_finished == 1
+
+
+def test_nothing_is_loaded_if_anything_is_wrong(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "stray": torch.zeros(2)}, tmp_path / FILE)
+    leaf = Recorder({"a": (2,)}, {})
+    with pytest.raises(WeightMismatch, match="unexpected: `stray`"):
+        load_weights([leaf], tmp_path)
+    assert (leaf.loaded, leaf.num_finished) == ({}, 0)
+
+
+def test_a_copy_of_another_dtype_is_no_copy(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "copy": torch.zeros(2).half()}, tmp_path / FILE)
+    with pytest.raises(WeightMismatch, match="`copy` differs"):
+        load_weights([Recorder({"a": (2,), "copy": (2,)}, {"copy": "a"})], tmp_path)
+
+
+def test_a_copy_needs_its_original(tmp_path: Path) -> None:
+    save_file({"copy": torch.zeros(2)}, tmp_path / FILE)
+    with pytest.raises(WeightMismatch, match="missing: `a`"):
+        load_weights([Recorder({"a": (2,), "copy": (2,)}, {"copy": "a"})], tmp_path)
+
+
+def test_dummy_weights_hang_on_name_and_seed_only(tmp_path: Path) -> None:
+    shapes = {"a": (4, 50), "b": (4, 50), "vector": (4,), "copy": (4, 50)}
+
+    def drawn(names: list[str], seed: int) -> dict[str, bytes]:
+        leaf = Recorder({name: shapes[name] for name in names}, {"copy": "a"})
+        load_weights([leaf], tmp_path, "dummy", seed)
+        assert leaf.num_finished == 1
+        return leaf.loaded
+
+    first = drawn(["a", "b", "vector", "copy"], 1)
+    assert list(first) == ["a", "b"]
+    assert first["a"] != first["b"]
+    assert drawn(["b", "a"], 1) == first
+    assert drawn(["a", "b"], 2)["a"] != first["a"]
+
+
+def test_names_of_a_stranger_can_be_printed(tmp_path: Path) -> None:
+    header = '{"\\ud800%s": {"dtype": "\\n", "shape": [], "data_offsets": [0, 0]}}' % ("x" * 999)
+    (tmp_path / FILE).write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(WeightMismatch, match="unexpected") as caught:
+        load_weights([Recorder({}, {})], tmp_path)
+    caught.value.message.encode()
+    assert len(caught.value.message) < 300
 
 
 def test_read_config_errors(tmp_path: Path) -> None:
@@ -259,7 +343,7 @@ def test_bad_eos_ids_are_refused(tmp_path: Path, value: Any) -> None:
 def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
     write(tmp_path, tensors(), architectures=["NoSuchModel"])
     with pytest.raises(UnsupportedModel, match="`NoSuchModel`") as caught:
-        load_model(tmp_path, dtype=torch.float32)
+        load(tmp_path)
     assert "LlamaForCausalLM" in str(caught.value.hint)
     with pytest.raises(UnsupportedModel):
         builder("")
@@ -268,8 +352,8 @@ def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
 def test_loaded_weights_are_what_the_spec_counts(tmp_path: Path) -> None:
     for extra in ({}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | extra))
-        spec = load_model(tmp_path, dtype=torch.float32, load_format="dummy").spec
-        model = builder(spec.architecture)(spec, Materials(torch.float32))
+        spec = load(tmp_path, load_format="dummy").spec
+        model = builder(spec.architecture)(spec, TorchToolkit(Materials(torch.float32)))
         weights = [weight for layer in model.layers() for weight in layer.weights()]
-        total = sum(weight.data.numel() for weight in weights if not weight.duplicate)
+        total = sum(math.prod(weight.shape) for weight in weights if weight.duplicate_of is None)
         assert total == spec.num_parameters

@@ -15,10 +15,9 @@ import pytest
 import torch
 import transformers
 from tests.models.configs import CONFIGS
-from tests.models.helpers import Sessions
+from tests.models.helpers import Sessions, load
 
-from penstock.models.blocks import Decoder
-from penstock.models.loader import load_model
+from penstock.models.base import Model
 from penstock.models.registry import ARCHITECTURES
 
 TOLERANCE = 1e-4
@@ -27,7 +26,7 @@ VARIANTS = [(name, variant) for name, variants in CONFIGS.items() for variant in
 
 
 class Case(NamedTuple):
-    model: Decoder
+    model: Model
     rows: dict[str, list[int]]
     expected: dict[str, torch.Tensor]  # logits of every position, [LEN, V], by transformers
 
@@ -58,7 +57,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         expected = theirs(ids).logits
     names = ["a", "b", "c", "d"]
     return Case(
-        load_model(path, dtype=torch.float32),
+        load(path),
         dict(zip(names, ids.tolist(), strict=True)),
         dict(zip(names, expected, strict=True)),
     )
@@ -126,7 +125,7 @@ def test_bfloat16_is_near(tmp_path: Path) -> None:
     tokens = torch.randint(101, (1, LEN), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         exact = theirs.float()(tokens).logits[0]
-    model = load_model(tmp_path, dtype=torch.bfloat16)
+    model = load(tmp_path, "bfloat16")
     sessions = Sessions(model, block_size=3)
     whole = sessions.step({"a": tokens[0].tolist()})["a"]
     single = torch.cat([sessions.step({"b": [token]})["b"] for token in tokens[0].tolist()])

@@ -1,6 +1,6 @@
-"""The batch that one step computes, and the seam behind which attention is computed.
+"""The batch that one step computes on torch, and the seam behind which attention is computed.
 
-Owns `ForwardBatch` (every tensor a model may read), `AttentionLayer` and the `AttentionBackend`
+Owns `TorchBatch` (every tensor a leaf may read), `AttentionLayer` and the `AttentionBackend`
 protocol. Knows no requests: a row of a batch is a run of tokens with a context, and nothing says
 whether it is a prompt, a chunk of one or a single generated token.
 
@@ -9,7 +9,7 @@ Invariant: the batch is passed explicitly to everything; there is no global cont
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,10 +25,10 @@ class AttentionLayer(NamedTuple):
 
 
 @dataclass(slots=True)
-class ForwardBatch:
-    """One step for the model: T tokens in R rows, of which L are asked for their logits.
+class TorchBatch:
+    """One step for torch: T tokens in R rows, as `penstock.models.batch.ForwardBatch` has them.
 
-    Row r holds the tokens [query_start[r], query_start[r + 1]) of the flat arrays. They are the
+    Row r holds the tokens [query_start[r], query_start[r + 1]) of the flat tensors. They are the
     last `lengths[r]` of the `context_lens[r]` tokens that its last query may see; the earlier ones
     are in the KV store already. Token i of a request lives in slot
     `block_table[r, i // block_size] * block_size + i % block_size`.
@@ -41,13 +41,13 @@ class ForwardBatch:
     slot_mapping: torch.Tensor  # [T] int64, where the token's key and value are written
     block_table: torch.Tensor  # [R, M] int32; entries past the row's context are not read
     block_size: int  # tokens in a block
-    logit_rows: torch.Tensor  # [L] int64, indices into T
     kv: KVStore
     attention: AttentionBackend
-    # What the runner knows in Python anyway, so that planning need not read tensors back.
+    # What is known in Python anyway, so that planning need not read tensors back.
     lengths: list[int]  # [R] query tokens of the row, at least 1
     context_lens: list[int]  # [R] same as context_len
     meta: Any = None  # what `attention.plan(batch)` returned; only that backend reads it
+    shared: dict[object, Any] = field(default_factory=dict)  # by leaf: computed once for all layers
 
 
 class AttentionShape(Protocol):
@@ -71,7 +71,7 @@ class AttentionBackend(Protocol):
     def unsupported(self, shape: AttentionShape, kv_dtype: torch.dtype) -> list[str]:
         """Why this backend cannot serve such a model; empty if it can."""
 
-    def plan(self, batch: ForwardBatch) -> object:
+    def plan(self, batch: TorchBatch) -> object:
         """Compute once a step what all layers share; the caller puts it into `batch.meta`."""
 
     def forward(
@@ -80,7 +80,7 @@ class AttentionBackend(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: AttentionLayer,
-        batch: ForwardBatch,
+        batch: TorchBatch,
     ) -> torch.Tensor:
         """Write k and v to the store, then attend: [T, H, D] from q [T, H, D], k, v [T, Hkv, D].
 

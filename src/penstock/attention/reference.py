@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from penstock.attention import PIECE_LEN
-from penstock.attention.base import AttentionLayer, AttentionShape, ForwardBatch
+from penstock.attention.base import AttentionLayer, AttentionShape, TorchBatch
 
 # Rows of one query are gathered in groups of about this size: small enough to stay in the cache
 # between the gather and the products, large enough to hide the cost of a call. Bounds padding too.
@@ -79,7 +79,7 @@ class ReferenceAttention:
             )
         return reasons
 
-    def plan(self, batch: ForwardBatch) -> _Plan:
+    def plan(self, batch: TorchBatch) -> _Plan:
         """Choose groups and pieces; make masks, block indices and every view of the scratch."""
         singles: list[tuple[int, int]] = []  # (row, its first token)
         several: list[tuple[int, int]] = []
@@ -110,7 +110,7 @@ class ReferenceAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         layer: AttentionLayer,
-        batch: ForwardBatch,
+        batch: TorchBatch,
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`."""
         batch.kv.write(layer.kv_index, k, v, batch.slot_mapping)
@@ -129,7 +129,7 @@ class ReferenceAttention:
                 _attend_piece(q, piece, layer.scale, out[piece.start : piece.stop])
         return out
 
-    def _reserve(self, batch: ForwardBatch, group_blocks: int, run_blocks: list[int]) -> None:
+    def _reserve(self, batch: TorchBatch, group_blocks: int, run_blocks: list[int]) -> None:
         """Grow the buffers to what the plan needs; by half more, as contexts grow by a token."""
         kv, device = batch.kv, batch.kv.data.device
         blocks = max([group_blocks, *run_blocks])
@@ -145,14 +145,14 @@ class ReferenceAttention:
             mask = torch.full((PIECE_LEN, num_slots), -math.inf, dtype=kv.dtype, device=device)
             self._causal = mask.triu_(num_slots - PIECE_LEN + 1)
 
-    def _gathered(self, batch: ForwardBatch, num_blocks: int) -> torch.Tensor:
+    def _gathered(self, batch: TorchBatch, num_blocks: int) -> torch.Tensor:
         return self._scratch[: num_blocks * _block_numel(batch)].view(
             2 * batch.kv.num_kv_heads, num_blocks, batch.block_size * batch.kv.head_dim
         )
 
     def _group(
         self,
-        batch: ForwardBatch,
+        batch: TorchBatch,
         cut: list[tuple[int, int]],
         blocks_of: list[int],
         in_order: bool,
@@ -183,7 +183,7 @@ class ReferenceAttention:
             bias=bias.repeat(kv.num_kv_heads, 1)[:, None],
         )
 
-    def _run(self, batch: ForwardBatch, row: int, start: int, num_blocks: int) -> _Run:
+    def _run(self, batch: TorchBatch, row: int, start: int, num_blocks: int) -> _Run:
         kv, length, context_len = batch.kv, batch.lengths[row], batch.context_lens[row]
         gathered = self._gathered(batch, num_blocks)
         keys, values = gathered.view(2, kv.num_kv_heads, 1, -1, kv.head_dim)
@@ -203,7 +203,7 @@ class ReferenceAttention:
         return _Run(batch.block_table[row, :num_blocks].contiguous(), gathered, pieces)
 
 
-def _block_numel(batch: ForwardBatch) -> int:
+def _block_numel(batch: TorchBatch) -> int:
     return 2 * batch.kv.num_kv_heads * batch.block_size * batch.kv.head_dim
 
 

@@ -14,7 +14,7 @@ import click
 import penstock
 from penstock import hardware
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "starlette", "uvicorn")
+PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "starlette", "uvicorn")
 
 
 @click.command(epilog="Example: penstock doctor --json")

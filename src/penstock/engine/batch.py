@@ -1,4 +1,4 @@
-"""From a plan to the tensors of one step: gathers what the model reads out of the device state.
+"""From a plan to the arrays of one step: gathers what the model reads out of the device state.
 
 Common to every model and every step, so it is hot: a constant number of array operations,
 whatever the number of rows. Owns nothing; knows rows and slices, no requests.
@@ -12,13 +12,11 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from penstock.attention.base import AttentionBackend, ForwardBatch
-from penstock.attention.kv_store import KVStore
 from penstock.engine.plan import Slice
 from penstock.engine.state import DeviceState
+from penstock.models.batch import ForwardBatch
 
 
 class StepBatch(NamedTuple):
@@ -29,9 +27,7 @@ class StepBatch(NamedTuple):
     sampled_rows: NDArray[np.int64]  # [L] the row of each of forward.logit_rows
 
 
-def build_batch(
-    slices: list[Slice], state: DeviceState, kv: KVStore, attention: AttentionBackend
-) -> StepBatch:
+def build_batch(slices: list[Slice], state: DeviceState) -> StepBatch:
     """The batch that computes `slices` (at least one), whose rows have the blocks they need.
 
     A slice that reaches the last token of its row gets a logit row.
@@ -55,20 +51,16 @@ def build_batch(
     width = -(-int(ends.max()) // block_size)
 
     sampled = ends == state.num_tokens[rows]
-    context_lens = ends.tolist()
     batch = ForwardBatch(
-        input_ids=torch.from_numpy(state.token_ids[token_rows, positions]),
-        positions=torch.from_numpy(positions),
-        query_start=torch.from_numpy(query_start),
-        context_len=torch.from_numpy(ends.astype(np.int32)),
-        slot_mapping=torch.from_numpy(slots),
-        block_table=torch.from_numpy(state.block_table[rows, :width]),
+        input_ids=state.token_ids[token_rows, positions],
+        positions=positions,
+        query_start=query_start,
+        context_len=ends.astype(np.int32),
+        slot_mapping=slots,
+        block_table=state.block_table[rows, :width],
         block_size=block_size,
-        logit_rows=torch.from_numpy(query_start[1:][sampled].astype(np.int64) - 1),
-        kv=kv,
-        attention=attention,
+        logit_rows=query_start[1:][sampled].astype(np.int64) - 1,
         lengths=lengths.tolist(),
-        context_lens=context_lens,
+        context_lens=ends.tolist(),
     )
-    batch.meta = attention.plan(batch)
     return StepBatch(batch, rows, rows[sampled])

@@ -278,6 +278,6 @@ class ThreadClient(StreamingClient):
 def _load(source: EngineConfig | Callable[[], Core]) -> Core:
     if not isinstance(source, EngineConfig):
         return source()
-    from penstock.engine.core import EngineCore  # with torch
+    from penstock.engine.core import EngineCore  # numpy, only now
 
     return EngineCore.from_config(source)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Any, Self, final
 
 from penstock.engine.config import EngineConfig, resolve_model
 from penstock.engine.kv_cache import KVCache
@@ -23,11 +22,14 @@ from penstock.engine.memory import plan_memory
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
+from penstock.engine.runner import Runner
+from penstock.engine.sampler import check_choice
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.state import DeviceState
-from penstock.errors import ContextTooLong, InvalidField, UnsupportedModel
+from penstock.errors import ContextTooLong, InvalidField
 from penstock.hardware import available_memory_bytes
 from penstock.models.files import read_config, read_generation_eos
+from penstock.models.load import load_model, timed
 from penstock.models.spec import ModelSpec
 from penstock.types import (
     MAX_INT,
@@ -37,13 +39,6 @@ from penstock.types import (
     SamplingParams,
     TokenEvent,
 )
-
-if TYPE_CHECKING:
-    from penstock.engine.runner import Runner
-
-# Smaller models run on one thread: waiting for others costs more than they give, and on a busy
-# machine up to 100 times more (docs/LOG.md).
-ONE_THREAD_PARAMETERS = 16_000_000
 
 
 @final
@@ -84,7 +79,7 @@ class EngineCore:
         """
         phases: dict[str, float] = {}
         path = resolve_model(config.model)
-        with _timed(phases, "plan"):  # without torch: what cannot be is told at once
+        with timed(phases, "plan"):  # before a backend is imported: what cannot be is told at once
             spec = ModelSpec.from_hf(read_config(path))
             config = config.resolve(
                 max_context_len=spec.max_context_len, checkpoint_dtype=spec.dtype
@@ -155,13 +150,6 @@ class EngineCore:
         return events
 
 
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    started_s = time.perf_counter()
-    yield
-    phases[name] = time.perf_counter() - started_s
-
-
 def _load(
     path: Path,
     config: EngineConfig,
@@ -169,29 +157,20 @@ def _load(
     eos_token_ids: tuple[int, ...],
     phases: dict[str, float],
 ) -> Runner:
-    """Read the weights, allocate the KV store, run once; `config` is resolved."""
-    with _timed(phases, "import"):
-        import torch
-
-        from penstock.attention.kv_store import KVStore
-        from penstock.attention.reference import ReferenceAttention
-        from penstock.engine.runner import Runner
-        from penstock.models.loader import load_model
-
-    with _timed(phases, "load"):
-        dtype = getattr(torch, config.dtype)
-        model = load_model(path, dtype=dtype, load_format=config.load_format)
-        spec, num_slots = model.spec, num_blocks * config.block_size
-        if num_threads := config.num_threads or int(spec.num_parameters < ONE_THREAD_PARAMETERS):
-            torch.set_num_threads(num_threads)
-        attention = ReferenceAttention()
-        if reasons := attention.unsupported(spec, dtype):
-            raise UnsupportedModel(f"No attention can serve this model: {'; '.join(reasons)}.")
-    with _timed(phases, "kv"):
-        kv = KVStore(spec.num_layers, num_slots, spec.num_kv_heads, spec.head_dim, dtype)
+    """Load the model with its KV store and run it once; `config` is resolved."""
+    model = load_model(
+        path,
+        backend="torch",
+        dtype=config.dtype,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_threads=config.num_threads,
+        load_format=config.load_format,
+        phases=phases,
+    )
+    with timed(phases, "warmup"):
         state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
-        runner = Runner(model, state, kv, attention, eos_token_ids)
-    with _timed(phases, "warmup"):
+        runner = Runner(model, state, eos_token_ids)
         _warm_up(runner, config.context_len, config.block_size)
     return runner
 
@@ -242,8 +221,6 @@ def _check_params(params: SamplingParams, info: EngineInfo) -> SamplingParams:
 
     Every id is in the vocabulary, so that no list of ids is longer than that.
     """
-    from penstock.engine.sampler import check_choice  # with torch, which a runner has loaded
-
     if params.n != 1:
         raise InvalidField(f"`n` is `{params.n}`; the engine takes one at a time.", field="n")
     for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):

@@ -8,63 +8,39 @@ has gone meanwhile; a later plan releases those.
 
 from __future__ import annotations
 
-from typing import Protocol
+import numpy as np
 
-import torch
-
-from penstock.attention.base import AttentionBackend, ForwardBatch
-from penstock.attention.kv_store import KVStore
 from penstock.engine import sampler
 from penstock.engine.batch import StepBatch, build_batch
 from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.state import DeviceState
+from penstock.models.base import Model
 from penstock.types import TokenLogprobs
 
 
-class Model(Protocol):
-    """What the runner asks of a model. `penstock.models.blocks.Decoder` is one."""
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [T, D] of all tokens of the batch; writes their keys and values."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, D] -> [L, V] float32."""
-
-
 class Runner:
-    """A model with its state and its KV cache."""
+    """A model, which brings its KV store, with the state of its rows."""
 
-    def __init__(
-        self,
-        model: Model,
-        state: DeviceState,
-        kv: KVStore,
-        attention: AttentionBackend,
-        eos_token_ids: tuple[int, ...],
-    ) -> None:
+    def __init__(self, model: Model, state: DeviceState, eos_token_ids: tuple[int, ...]) -> None:
         self._model = model
         self._state = state
-        self._kv = kv
-        self._attention = attention
         self._eos_token_ids = eos_token_ids
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the slices of `plan`; sample after those that reach the end of their row."""
         state = self._state
         state.apply(plan)
         if not plan.slices:
             return StepResult({}, {}, {})
-        batch = build_batch(plan.slices, state, self._kv, self._attention)
-        hidden = self._model.forward(batch.forward)
-        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        batch = build_batch(plan.slices, state)
+        self._model.forward(batch.forward)
+        prompt_logprobs = self._prompt_logprobs(batch)
         rows = batch.sampled_rows
         if not len(rows):
             return StepResult({}, {}, prompt_logprobs)
-        if len(rows) < len(hidden):  # a pure decode step needs no selection
-            hidden = hidden[batch.forward.logit_rows]
-        sampled = sampler.sample(self._model.logits(hidden), rows, state, self._eos_token_ids)
+        logits = self._model.logits(batch.forward.logit_rows)
+        sampled = sampler.sample(logits, rows, state, self._eos_token_ids)
         state.append(rows, sampled.token_ids)
         token_ids = {
             row: [token_id]
@@ -73,9 +49,7 @@ class Runner:
         logprobs = {row: [logprob] for row, logprob in sampled.logprobs.items()}
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
-    def _prompt_logprobs(
-        self, batch: StepBatch, hidden: torch.Tensor
-    ) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, batch: StepBatch) -> dict[int, list[TokenLogprobs]]:
         """By row that asks for it: of prompt tokens start+1 .. start+length of its slice."""
         state = self._state
         found: dict[int, list[TokenLogprobs]] = {}
@@ -92,6 +66,6 @@ class Runner:
             for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
                 piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
                 at = first + offset
-                logits = self._model.logits(hidden[at : at + len(piece)])
+                logits = self._model.logits(np.arange(at, at + len(piece)))
                 found[row] += sampler.prompt_logprobs(logits, piece, params.prompt_logprobs)
         return found

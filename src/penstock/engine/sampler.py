@@ -1,9 +1,8 @@
 """Logits to token ids: constraints, penalties, truncation, and one random number a token.
 
 Owns what the sampling parameters mean; knows rows of the `DeviceState`, neither requests nor the
-model. Works in numpy on the memory of the logits: for small steps a torch call costs more than
-its work. The parts that touch [L, V] are a constant number of passes; only rows that ask for
-more than temperature, top-k, top-p and min-p are looked at one by one.
+model. The parts that touch [L, V] are a constant number of passes; only rows that ask for more than
+temperature, top-k, top-p and min-p are looked at one by one.
 Invariant: a row's token and log-probabilities never depend on the other rows, to the last bit.
 Every sum over the vocabulary therefore runs in an order that is fixed by the row alone, and
 truncation works with thresholds (ties stay in), so that no sorting order can matter.
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from penstock.engine.state import DeviceState
@@ -39,7 +37,7 @@ class SampleResult(NamedTuple):
 
 
 def sample(
-    logits: torch.Tensor, rows: I64, state: DeviceState, eos_token_ids: Sequence[int]
+    logits: F32, rows: I64, state: DeviceState, eos_token_ids: Sequence[int]
 ) -> SampleResult:
     """The next token of each of `rows`.
 
@@ -47,17 +45,16 @@ def sample(
     likely token, or temperature, min-p, top-k, top-p, typical-p and a draw.
 
     Args:
-        logits: [L, V] float32 on the CPU; not changed.
+        logits: [L, V]; not changed.
         rows: [L] rows of `state`, without repeats.
         eos_token_ids: end-of-sequence tokens, for `min_tokens`.
     """
-    values: F32 = logits.numpy()
     shaped = np.flatnonzero(state.constrained[rows])
     token_ids = np.empty(len(rows), np.int64)
     if len(shaped) < len(rows):
-        token_ids = _choose(values, rows, state)
+        token_ids = _choose(logits, rows, state)
     if len(shaped):
-        copy = values[shaped]
+        copy = logits[shaped]
         for row_logits, row in zip(copy, rows[shaped], strict=True):
             _constrain(row_logits, int(row), state, eos_token_ids)
         token_ids[shaped] = _choose(copy, rows[shaped], state)
@@ -66,19 +63,19 @@ def sample(
     if not len(asked):
         return SampleResult(token_ids, {})
     ks = state.num_logprobs[rows[asked]].tolist()
-    found = _token_logprobs(values[asked], token_ids[asked], ks)
+    found = _token_logprobs(logits[asked], token_ids[asked], ks)
     return SampleResult(token_ids, dict(zip(rows[asked].tolist(), found, strict=True)))
 
 
-def prompt_logprobs(logits: torch.Tensor, target_ids: I64, k: int) -> list[TokenLogprobs]:
+def prompt_logprobs(logits: F32, target_ids: I64, k: int) -> list[TokenLogprobs]:
     """What the model gave each token that was to come.
 
     Args:
-        logits: [N, V] float32 on the CPU.
+        logits: [N, V].
         target_ids: [N], the token after each position.
         k: how many of the most likely tokens to report as well.
     """
-    return _token_logprobs(logits.numpy(), target_ids, [k] * len(target_ids))
+    return _token_logprobs(logits, target_ids, [k] * len(target_ids))
 
 
 def check_choice(params: SamplingParams, eos_token_ids: Iterable[int], vocab_size: int) -> None:

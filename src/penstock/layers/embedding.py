@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from penstock.attention.base import TorchBatch
 from penstock.layers.linear import product
-from penstock.layers.weights import Materials, Weight
+from penstock.layers.materials import Materials, weight
+from penstock.layers.toolkit import Weight
 
 
 class Embedding:
@@ -24,14 +26,14 @@ class Embedding:
 
     def weights(self) -> Iterator[Weight]:
         """The table, [num_rows, size]."""
-        yield Weight(f"{self.name}.weight", self.weight)
+        yield weight(f"{self.name}.weight", self.weight)
 
     def finish(self) -> None:
         """Nothing to derive."""
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Vectors [T, size] of ids [T]: a new tensor, which the caller may change."""
-        return functional.embedding(ids, self.weight)
+    def __call__(self, batch: TorchBatch) -> torch.Tensor:
+        """Vectors [T, size] of the batch's ids: a new tensor, which the caller may change."""
+        return functional.embedding(batch.input_ids, self.weight)
 
 
 class LMHead:
@@ -47,12 +49,12 @@ class LMHead:
         tied_to: Embedding | None = None,
     ) -> None:
         self.name = name
-        self._tied = tied_to is not None
+        self._duplicate_of = None if tied_to is None else f"{tied_to.name}.weight"
         self.weight = materials.empty(num_rows, size) if tied_to is None else tied_to.weight
 
     def weights(self) -> Iterator[Weight]:
         """The table, [num_rows, size]; a checkpoint may repeat a tied one."""
-        yield Weight(f"{self.name}.weight", self.weight, duplicate=self._tied)
+        yield weight(f"{self.name}.weight", self.weight, self._duplicate_of)
 
     def finish(self) -> None:
         """Pack the table; where that makes a copy, a tied table is held twice."""

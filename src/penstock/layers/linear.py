@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from penstock.layers.weights import Materials, Weight
+from penstock.layers.materials import Materials, weight
+from penstock.layers.toolkit import Part, Weight
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -47,20 +47,23 @@ def packs(dtype: torch.dtype, device: torch.device | str) -> bool:
     return dtype == torch.float32
 
 
-class Part(NamedTuple):
-    """One map of the checkpoint: `name`.weight, [num_rows, in], and perhaps `name`.bias."""
-
-    name: str
-    num_rows: int
-
-
 class Linear:
-    """y = x W^T + b, where the rows of W are those of its parts, one after the other."""
+    """y = x W^T + b, where the rows of W are those of its parts, one after the other.
+
+    A gated one has two parts of equal size, gate and up, and returns silu(gate) * up.
+    """
 
     def __init__(
-        self, in_size: int, parts: Sequence[Part], *, bias: bool, materials: Materials
+        self,
+        in_size: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        materials: Materials,
+        gated: bool = False,
     ) -> None:
         self.parts = tuple(parts)
+        self._gated = gated
         out_size = sum(part.num_rows for part in parts)
         self.weight = materials.empty(out_size, in_size)
         self.bias = materials.empty(out_size).zero_() if bias else None
@@ -70,9 +73,9 @@ class Linear:
         first = 0
         for part in self.parts:
             rows = slice(first, first + part.num_rows)
-            yield Weight(f"{part.name}.weight", self.weight[rows])
+            yield weight(f"{part.name}.weight", self.weight[rows])
             if self.bias is not None:
-                yield Weight(f"{part.name}.bias", self.bias[rows])
+                yield weight(f"{part.name}.bias", self.bias[rows])
             first += part.num_rows
 
     def finish(self) -> None:
@@ -81,5 +84,9 @@ class Linear:
         del self.weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [T, in] to [T, out]."""
-        return self._product(x)
+        """Map x [T, in] to [T, out]; gated: to [T, out / 2]."""
+        y = self._product(x)
+        if not self._gated:
+            return y
+        gate, up = y.chunk(2, -1)
+        return functional.silu(gate).mul_(up)

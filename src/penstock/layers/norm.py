@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from penstock.layers.weights import Materials, Weight
+from penstock.layers.materials import Materials, weight
+from penstock.layers.toolkit import Weight
 
 
 class RMSNorm:
@@ -27,7 +28,7 @@ class RMSNorm:
 
     def weights(self) -> Iterator[Weight]:
         """The scale, [size]."""
-        yield Weight(f"{self.name}.weight", self.weight)
+        yield weight(f"{self.name}.weight", self.weight)
 
     def finish(self) -> None:
         """Fold the constant factors into the scale."""
@@ -40,6 +41,6 @@ class RMSNorm:
         length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         return x.div(length.hypot_(self._floor)).mul_(self._scale).to(x.dtype)
 
-    def add(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add x to the residual stream in place and return the norm of the sum."""
-        return self(residual.add_(x))
+    def add(self, residual: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """Add x, if any, to the residual stream in place and return the norm of the sum."""
+        return self(residual if x is None else residual.add_(x))

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021).
 
 Owns the frequencies. Knows no longest position: angles are computed for the positions of a step,
-once a step, and passed to every layer.
+once a step, and wait in the batch for every layer.
 
 Invariant: angles are fp32; only their sines and cosines take the model's format.
 """
@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from penstock.layers.scaling import RopeScaling
+from penstock.attention.base import TorchBatch
+from penstock.layers.materials import Materials
+from penstock.layers.scaling import RopeScaling, frequencies
 
 
 class RopeAngles(NamedTuple):
@@ -27,30 +29,38 @@ class Rotary:
 
     def __init__(
         self,
+        num_rotated: int,
         head_dim: int,
         theta: float,
         scaling: RopeScaling | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        materials: Materials,
     ) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / theta**exponents
-        if scaling is not None:
-            frequencies = scaling.apply(frequencies)
-        self._frequencies = torch.cat((frequencies, frequencies)).to(device)
-        self._signs = torch.ones(head_dim, device=device)
+        """Rotate the first `num_rotated` heads of whatever is given."""
+        half = torch.from_numpy(frequencies(head_dim, theta, scaling))
+        self._frequencies = torch.cat((half, half)).to(materials.device)
+        self._signs = torch.ones(head_dim, device=materials.device)
         self._signs[: head_dim // 2] = -1.0
-        self._half = head_dim // 2
-        self._dtype = dtype
+        self._num_rotated = num_rotated
+        self._head_dim = head_dim
+        self._dtype = materials.dtype
 
-    def angles(self, positions: torch.Tensor) -> RopeAngles:
+    def __call__(self, qkv: torch.Tensor, batch: TorchBatch) -> torch.Tensor:
+        """Rotate the first heads of qkv [T, any * D] in place; [T, any, D] of the same memory.
+
+        Query and key heads lie side by side, so that one call rotates both.
+        """
+        angles: RopeAngles | None = batch.shared.get(self)
+        if angles is None:
+            angles = batch.shared[self] = self._angles(batch.positions)
+        heads = qkv.view(len(qkv), -1, self._head_dim)
+        rotated = heads[:, : self._num_rotated]
+        turned = rotated.roll(self._head_dim // 2, -1)
+        rotated.mul_(angles.cos).addcmul_(turned, angles.sin)
+        return heads
+
+    def _angles(self, positions: torch.Tensor) -> RopeAngles:
         """Angles of the positions [T], in the model's format."""
         angles = positions[:, None, None] * self._frequencies
         return RopeAngles(
             angles.cos().to(self._dtype), angles.sin().mul_(self._signs).to(self._dtype)
         )
-
-    def __call__(self, x: torch.Tensor, angles: RopeAngles) -> torch.Tensor:
-        """Rotate the heads x [T, any, D]."""
-        return torch.addcmul(x * angles.cos, x.roll(self._half, -1), angles.sin)

@@ -1,16 +1,18 @@
-"""How RoPE's frequencies are stretched for contexts longer than those of training.
+"""RoPE's frequencies, and how they are stretched for contexts longer than those of training.
 
-Imports no torch: a model's config is read, and its memory planned, before torch is there.
+Imports no torch: every backend takes its frequencies from here, and a model's config is read, and
+its memory planned, before torch is there.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +28,14 @@ class Llama3Scaling:
     high_freq_factor: float
     original_context_len: int
 
-    def apply(self, frequencies: torch.Tensor) -> torch.Tensor:
+    def apply(self, frequencies: F32) -> F32:
         """Scale the frequencies [D / 2]."""
         wave_len = 2 * math.pi / frequencies
         smooth = (self.original_context_len / wave_len - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
-        smooth = smooth.clamp(0.0, 1.0)
-        return frequencies * (smooth + (1.0 - smooth) / self.factor)
+        smooth = smooth.clip(0, 1)
+        return (frequencies * (smooth + (1 - smooth) / self.factor)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,21 @@ class LinearScaling:
 
     factor: float
 
-    def apply(self, frequencies: torch.Tensor) -> torch.Tensor:
+    def apply(self, frequencies: F32) -> F32:
         """Scale the frequencies [D / 2]."""
-        return frequencies / self.factor
+        return (frequencies / self.factor).astype(np.float32)
 
 
 RopeScaling = Llama3Scaling | LinearScaling
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> F32:
+    """Radians a position, [head_dim / 2]: 1 / theta ** (2 i / head_dim), scaled.
+
+    Exponents, powers and their inverses are rounded to fp32, as where models are trained; the
+    power itself is taken in fp64, so that no library's own rounding shows.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    plain = np.float32(1) / powers
+    return plain if scaling is None else scaling.apply(plain)

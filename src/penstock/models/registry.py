@@ -9,11 +9,11 @@ import importlib
 from collections.abc import Callable
 
 from penstock.errors import UnsupportedModel
-from penstock.layers.weights import Materials
+from penstock.layers.toolkit import Toolkit
 from penstock.models.blocks import Decoder
 from penstock.models.spec import ModelSpec
 
-Builder = Callable[[ModelSpec, Materials], Decoder]
+Builder = Callable[[ModelSpec, Toolkit], Decoder]
 
 # Name in `architectures` of config.json -> "module:function", the function being a `Builder`.
 ARCHITECTURES = {

@@ -1,0 +1,39 @@
+"""What the engine asks of a loaded model, whichever backend computes it.
+
+Owns the `Model` protocol. A model brings its KV store with it; the engine knows slots by number.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.models.batch import ForwardBatch
+from penstock.models.spec import ModelSpec
+
+
+class Model(Protocol):
+    """A decoder with its weights and its KV store. Called from one thread."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its shapes and constants."""
+
+    def forward(self, batch: ForwardBatch) -> None:
+        """Compute all tokens of the batch and write their keys and values.
+
+        The hidden states stay, for `logits`, until the next call.
+        """
+
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores of the next token, [L, V], after the tokens `rows` [L] of the last batch.
+
+        Args:
+            rows: indices into the batch's tokens, increasing, at least one.
+
+        Returns:
+            An array that is valid until the next call; the caller does not change it.
+        """
