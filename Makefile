@@ -8,14 +8,17 @@ PORT ?= 8000
 SERVE_ARGS ?=
 PYTEST_ARGS ?= -n auto --dist loadfile
 PIP_ARGS ?=
+PEERS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-CODE := src tests tools benchmarks
+CODE := src tests tools benchmarks setup.py
+NATIVE := src/penstock/native/libpenstock_native.so
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format format-check lint types layering bench clean
+.PHONY: help serve test native check check-native format format-check lint types layering bench bench-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +39,16 @@ $(VENV)/.serve: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+# The package builds its library when it is installed; this is for whoever changes csrc/.
+$(NATIVE): $(NATIVE_SOURCES) $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+
+native: $(NATIVE) ## build the native CPU library anew after a change in csrc/
+
+# Kernel tests under the sanitizers, and with clang where there is one.
+check-native: $(VENV)/.dev ## run the kernels' own tests with gcc, clang and the sanitizers
+	PATH="$(abspath $(BIN)):$$PATH" csrc/tests/run_all.sh
 
 serve: $(VENV)/.serve ## install what is needed and serve MODEL (brook) on 127.0.0.1:PORT
 	@$(BIN)/penstock serve $(MODEL) --port $(PORT) $(SERVE_ARGS)
@@ -62,6 +75,9 @@ layering: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## run every benchmark and write results/
 	$(BIN)/python -m benchmarks
+
+bench-peers: $(VENV)/.dev ## compare with other engines on this CPU; options in PEERS_ARGS, e.g. --quick
+	PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

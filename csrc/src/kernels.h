@@ -1,0 +1,74 @@
+// What an instruction set provides: a table of functions, chosen once at run time.
+//
+// Sources under isa/ are compiled with their own flags and define one table each. They share no
+// inline function with other sources unless it is `static`: the linker could otherwise keep the
+// copy that an older processor cannot run.
+//
+// All matrix kernels work on panels of 16 outputs, and every output is one chain of sums in the
+// order of k, whatever m and the number of panels: a row's result does not depend on its batch.
+#pragma once
+
+#include <cstdint>
+
+namespace penstock {
+
+constexpr int kPanel = 16;
+
+// c[m, 16 * num_panels] = a[m, k] x panels (+ c, if accumulate); panel j starts at b + j * b_stride
+// bytes. lda and ldc in elements. k is a multiple of 64 in linear ops; attention calls f32 and bf16
+// with k a multiple of 2.
+struct Gemm {
+    int64_t m, num_panels, k;
+    const void* a;
+    int64_t lda;
+    const void* b;
+    int64_t b_stride;
+    void* c;  // float or int32_t
+    int64_t ldc;
+    bool accumulate;
+};
+
+// One row of products on its way out: y[n] = c[n] * scales[n] * row_scale + bias[n]; gated: panels
+// of c alternate gate and up, and y = silu(gate) * up.
+struct Finish {
+    const void* c;  // float, or int32_t if `integers`
+    bool integers, gated, to_bf16;
+    int64_t num_outputs;  // of y
+    float row_scale;
+    const float* scales;  // or null: neither scales nor row_scale
+    const float* bias;    // or null
+    void* y;              // float or bf16
+};
+
+struct LinearKernels {
+    void (*gemm_f32)(const Gemm&);   // a float, panels [k][16] float, c float
+    void (*gemm_bf16)(const Gemm&);  // a bf16, panels [k / 2][16][2] bf16, c float
+    // a int8, panels [k / 4][16][4] unsigned (value + 128), c int32 = sum of a * (panel - 128):
+    // the caller gives the sums of a's rows, [m].
+    void (*gemm_i8)(const Gemm&, const int32_t* row_sums);
+    // The same straight from 4-bit panels, for few rows. c int32 = sum of a * group scale * value.
+    void (*gemm_i4)(const Gemm&, const int32_t* row_sums, int64_t group_size);
+    // One panel of k columns to another format, exactly.
+    void (*i4_to_i8)(const void* panel, int64_t k, int64_t group_size, uint8_t* out);
+    void (*i4_to_bf16)(const void* panel, int64_t k, int64_t group_size, uint16_t* out);
+    void (*i8_to_bf16)(const void* panel, int64_t k, uint16_t* out);
+    // One row of x to int8: x ~ scale * q; k padded with zeros to padded_k. Returns the scale.
+    float (*quantize_f32)(const float* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum);
+    float (*quantize_bf16)(const uint16_t* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum);
+    void (*finish)(const Finish&);
+};
+
+struct RowKernels;  // rows.h: norms, rotations, activations, softmax; attention's packing
+
+struct Kernels {
+    int isa;
+    LinearKernels linear;
+    const RowKernels* rows;
+};
+
+const Kernels& kernels();  // of the chosen instruction set
+
+extern const LinearKernels scalar_linear, avx2_linear, avx512_linear, amx_linear, amx_emulated_linear;
+extern const RowKernels scalar_rows, avx2_rows, avx512_rows;
+
+}  // namespace penstock

@@ -1,0 +1,95 @@
+// A persistent team of threads that walks a program together.
+//
+// Every thread runs the same code (`Team` tells it who it is); a barrier ends each op. Waiting is
+// spinning first, because ops are microseconds apart, and sleeping afterwards, because an engine
+// may wait for a request for hours and because a spinning thread must not starve the one it waits
+// for when cores are scarce.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace penstock {
+
+constexpr int64_t kAlignment = 64;
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Memory in huge pages where the system gives them, aligned to 64 bytes and more, zeroed.
+class Memory {
+public:
+    Memory() = default;
+    ~Memory() { release(); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    bool reserve(int64_t num_bytes);  // contents are lost when it grows; false: out of memory
+    char* data() const { return data_; }
+    int64_t size() const { return size_; }
+
+private:
+    void release();
+    char* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+class Pool;
+
+// One thread's view of the team.
+class Team {
+public:
+    Team(Pool& pool, int thread) : pool_(pool), thread_(thread) {}
+    int thread() const { return thread_; }
+    int num_threads() const;
+    void barrier();
+    // The next of [0, num_tasks) that nobody has taken since the last barrier, or -1.
+    int64_t next(int64_t num_tasks);
+    char* scratch() const;         // of this thread alone
+    char* shared_scratch() const;  // of all threads
+
+private:
+    Pool& pool_;
+    int thread_;
+    bool sense_ = false;
+    friend class Pool;
+};
+
+class Pool {
+public:
+    using Job = void (*)(Team&, const void*);
+
+    Pool(int num_threads, const int32_t* cpus);
+    ~Pool();
+    void run(Job job, const void* context);
+    bool reserve(int64_t thread_bytes, int64_t shared_bytes);
+    int num_threads() const { return num_threads_; }
+    int64_t scratch_bytes() const;
+
+private:
+    friend class Team;
+    void work(int thread, int cpu);
+
+    const int num_threads_;
+    std::vector<std::thread> workers_;
+    std::vector<Team> teams_;
+    std::unique_ptr<Memory[]> thread_memory_;
+    Memory shared_memory_;
+    Job job_ = nullptr;
+    const void* context_ = nullptr;
+
+    // Apart from each other, so that waiting threads do not disturb the counting ones.
+    alignas(kAlignment) std::atomic<uint32_t> generation_{0};  // a new job; odd bits mean nothing
+    alignas(kAlignment) std::atomic<int32_t> num_waiting_{0};
+    alignas(kAlignment) std::atomic<uint32_t> sense_{0};
+    alignas(kAlignment) std::atomic<int64_t> next_task_{0};
+    bool stop_ = false;
+};
+
+}  // namespace penstock
+
+struct penstock_pool : penstock::Pool {
+    using Pool::Pool;
+};
