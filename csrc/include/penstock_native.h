@@ -33,8 +33,7 @@ enum penstock_op_kind {
     PENSTOCK_OP_ANGLES = 3,
     PENSTOCK_OP_ROPE = 4,
     PENSTOCK_OP_ATTENTION = 5,
-    PENSTOCK_OP_ARGMAX = 6,
-    PENSTOCK_NUM_OPS = 7
+    PENSTOCK_NUM_OPS = 6
 };
 
 /* Which tokens of the step an op computes: all, or those whose logits are wanted. */
@@ -165,23 +164,14 @@ typedef struct penstock_attention_args {
     float scale;
 } penstock_attention_args;
 
-/* The largest of each row's logits; of equal ones the lowest id. */
-typedef struct penstock_argmax_args {
-    const float* logits; /* [L, vocab_size] */
-    int64_t stride;
-    int64_t vocab_size;
-    int64_t* token_ids; /* [L] */
-} penstock_argmax_args;
-
-/* Draws one token for each of `num_rows` rows of logits. Arrays are [num_rows]; `rows` are indices
- * of logits. Every row's largest logit is finite. */
+/* Chooses one token for each of `num_rows` rows of logits; arrays are [num_rows]. Temperature 0 is
+ * the most likely token (the lowest id of several), as is a row without a finite largest logit. */
 typedef struct penstock_sample_args {
-    const float* logits; /* [any, vocab_size] */
+    const float* logits; /* [num_rows, vocab_size] */
     int64_t stride;
     int64_t vocab_size;
     int64_t num_rows;
-    const int64_t* rows;
-    const float* temperature; /* above 0 */
+    const float* temperature;
     const int32_t* top_k;     /* 0 = all */
     const float* top_p;
     const float* min_p;

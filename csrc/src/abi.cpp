@@ -44,7 +44,6 @@ const Op* op_of(int64_t kind) {
         case PENSTOCK_OP_ANGLES: return &angles_op;
         case PENSTOCK_OP_ROPE: return &rope_op;
         case PENSTOCK_OP_ATTENTION: return &attention_op;
-        case PENSTOCK_OP_ARGMAX: return &argmax_op;
         default: return nullptr;
     }
 }
@@ -61,6 +60,17 @@ void walk(Team& team, const void* context) {
         op_of(program.ops[i].kind)->run(program.ops[i].args, *program.step, team);
         team.barrier();
     }
+}
+
+// The most that any op needs.
+Scratch scratch_of(const penstock_op* ops, int64_t num_ops, int64_t num_tokens, int64_t num_logit_rows, const Pool& pool) {
+    Scratch most;
+    for (int64_t i = 0; i < num_ops; ++i) {
+        const Scratch one = op_of(ops[i].kind)->scratch(ops[i].args, num_tokens, num_logit_rows, pool.num_threads());
+        if (one.thread_bytes > most.thread_bytes) most.thread_bytes = one.thread_bytes;
+        if (one.shared_bytes > most.shared_bytes) most.shared_bytes = one.shared_bytes;
+    }
+    return most;
 }
 
 }  // namespace
@@ -118,7 +128,6 @@ void penstock_pool_destroy(penstock_pool* pool) { delete pool; }
 
 int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, int64_t max_tokens,
                          int64_t max_logit_rows) {
-    Scratch most;
     for (int64_t i = 0; i < num_ops; ++i) {
         const Op* op = op_of(ops[i].kind);
         const char* problem = op ? op->check(ops[i].args) : "program: unknown op";
@@ -128,10 +137,8 @@ int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t nu
             set_error(message);
             return -1;
         }
-        const Scratch needed = op->scratch(ops[i].args, max_tokens, max_logit_rows, pool->num_threads());
-        if (needed.thread_bytes > most.thread_bytes) most.thread_bytes = needed.thread_bytes;
-        if (needed.shared_bytes > most.shared_bytes) most.shared_bytes = needed.shared_bytes;
     }
+    const Scratch most = scratch_of(ops, num_ops, max_tokens, max_logit_rows, *pool);
     if (!pool->reserve(most.thread_bytes, most.shared_bytes)) {
         set_error("program: no memory for its scratch");
         return -1;
@@ -140,6 +147,11 @@ int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t nu
 }
 
 int32_t penstock_run(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, const penstock_step* step) {
+    const Scratch most = scratch_of(ops, num_ops, step->num_tokens, step->num_logit_rows, *pool);
+    if (!pool->holds(most.thread_bytes, most.shared_bytes)) {
+        set_error("step: more tokens than were reserved");
+        return -1;
+    }
     const Program program{ops, num_ops, step};
     pool->run(walk, &program);
     return 0;

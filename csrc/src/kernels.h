@@ -56,6 +56,8 @@ struct LinearKernels {
     float (*quantize_f32)(const float* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum);
     float (*quantize_bf16)(const uint16_t* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum);
     void (*finish)(const Finish&);
+    // Up to so many rows gemm_i4 is faster than i4_to_i8 and gemm_i8.
+    int64_t max_rows_i4;
 };
 
 struct RowKernels;  // rows.h: norms, rotations, activations, softmax; attention's packing

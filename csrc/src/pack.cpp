@@ -34,39 +34,69 @@ void set_layout(penstock_weight& weight) {
     weight.data_bytes = round_up(weight.num_rows, kPanel) / kPanel * weight.panel_bytes;
 }
 
-float value_at(const void* source, int32_t dtype, int64_t index) {
+// Adding this rounds to an integer in the lowest bits, ties to even, for |x| < 2^22.
+constexpr float kRound = 12582912.0f;
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// x[n] from any of the source types; zeros up to `padded`.
+void read_row(const void* source, int32_t dtype, int64_t n, int64_t padded, float* x) {
+    const auto* halves = static_cast<const char*>(source);
     if (dtype == PENSTOCK_F32) {
-        float value;
-        memcpy(&value, static_cast<const char*>(source) + 4 * index, sizeof value);
-        return value;
+        memcpy(x, source, n * sizeof(float));
+    } else {
+        for (int64_t i = 0; i < n; ++i) {
+            uint16_t value;
+            memcpy(&value, halves + 2 * i, sizeof value);
+            x[i] = dtype == PENSTOCK_BF16 ? bf16_to_f32(value) : f16_to_f32(value);
+        }
     }
-    uint16_t value;
-    memcpy(&value, static_cast<const char*>(source) + 2 * index, sizeof value);
-    return dtype == PENSTOCK_BF16 ? bf16_to_f32(value) : f16_to_f32(value);
+    std::fill(x + n, x + padded, 0.0f);
 }
 
 float largest(const float* x, int64_t n) {
-    float result = 0;
-    for (int64_t i = 0; i < n; ++i) result = std::max(result, std::fabs(x[i]));
+    int32_t peak = 0;  // floats of one sign order like integers, and their maximum is vectorized
+    for (int64_t i = 0; i < n; ++i) peak = std::max(peak, static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu));
+    float result;
+    memcpy(&result, &peak, sizeof result);
     return result;
+}
+
+inline float rounded_nibble(float x) {
+    const float q = (x + kRound) - kRound, low = q > -8.0f ? q : -8.0f;
+    return low < 7.0f ? low : 7.0f;
+}
+
+// Squared error of x[n] in steps of `step`; n is a multiple of 16, and so many sums run in parallel.
+float error_of(const float* x, int64_t n, float step) {
+    const float inverse = 1.0f / step;
+    float errors[16] = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        for (int l = 0; l < 16; ++l) {
+            const float difference = x[i + l] - rounded_nibble(x[i + l] * inverse) * step;
+            errors[l] += difference * difference;
+        }
+    }
+    for (int l = 0; l < 8; ++l) errors[l] += errors[l + 8];
+    for (int l = 0; l < 4; ++l) errors[l] += errors[l + 4];
+    return (errors[0] + errors[1]) + (errors[2] + errors[3]);
 }
 
 // The group scale in [1, 15] (times `unit`) with the smallest squared error over x[n].
 int best_group_scale(const float* x, int64_t n, float unit) {
-    float peak = largest(x, n);
+    const float peak = largest(x, n);
     if (peak == 0) return 0;
     // From where the peak would be cut to -8 * 0.75 to where it would use -7 only.
-    int low = std::clamp(static_cast<int>(std::floor(peak / (unit * 9.5f))), 1, 15);
-    int high = std::clamp(static_cast<int>(std::ceil(peak / (unit * 6.5f))), 1, 15);
+    const int low = std::clamp(static_cast<int>(std::floor(peak / (unit * 9.5f))), 1, 15);
+    const int high = std::clamp(static_cast<int>(std::ceil(peak / (unit * 6.5f))), 1, 15);
     int best = high;
     float best_error = INFINITY;
     for (int scale = low; scale <= high; ++scale) {
-        float step = unit * scale, inverse = 1.0f / step, error = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            float q = std::clamp(std::nearbyint(x[i] * inverse), -8.0f, 7.0f);
-            float difference = x[i] - q * step;
-            error += difference * difference;
-        }
+        const float error = error_of(x, n, unit * static_cast<float>(scale));
         if (error < best_error) {
             best_error = error;
             best = scale;
@@ -75,88 +105,132 @@ int best_group_scale(const float* x, int64_t n, float unit) {
     return best;
 }
 
-// Where a row of a panel lies.
-struct Row {
-    char* panel;
-    int lane;
-    float* scale;
-};
-
-void store_f32(const Row& row, const float* x, int64_t k) {
-    auto* out = reinterpret_cast<float*>(row.panel);
-    for (int64_t i = 0; i < k; ++i) out[i * kPanel + row.lane] = x[i];
+// Rows in their own order, 4 bytes of which go to a line of the panel: what each format stores.
+void encode_bf16(const float* x, int64_t k, uint16_t* out) {
+    for (int64_t i = 0; i < k; ++i) out[i] = f32_to_bf16(x[i]);
 }
 
-void store_bf16(const Row& row, const float* x, int64_t k) {
-    auto* out = reinterpret_cast<uint16_t*>(row.panel);
-    for (int64_t i = 0; i < k; ++i) out[(i / 2 * kPanel + row.lane) * 2 + i % 2] = f32_to_bf16(x[i]);
-}
-
-void store_int8(const Row& row, const float* x, int64_t k) {
+void encode_int8(const float* x, int64_t k, uint8_t* out, float* row_scale) {
     float scale = largest(x, k) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
     if (!std::isfinite(inverse)) scale = inverse = 0.0f;  // so small that it is nothing
-    *row.scale = scale;
-    auto* out = reinterpret_cast<uint8_t*>(row.panel);
+    *row_scale = scale;
     for (int64_t i = 0; i < k; ++i) {
-        float q = std::clamp(std::nearbyint(x[i] * inverse), -127.0f, 127.0f);
-        out[(i / 4 * kPanel + row.lane) * 4 + i % 4] = static_cast<uint8_t>(static_cast<int>(q) + 128);
+        const auto q = static_cast<int32_t>(bits_of(x[i] * inverse + kRound) - bits_of(kRound));
+        out[i] = static_cast<uint8_t>(std::clamp(q, -127, 127) + 128);
     }
 }
 
-void store_int4(const Row& row, const float* x, int64_t k, int64_t group_size) {
+// `group_scales` [k / 32], of each half of a block.
+void encode_int4(const float* __restrict x, int64_t k, int64_t group_size, uint8_t* __restrict out,
+                 uint8_t* __restrict group_scales, float* row_scale) {
     // The unit is such that the widest group has scale 15 and uses the values -7 .. 7 (or -8).
     float unit = largest(x, k) / (15.0f * 7.5f);
     if (!std::isfinite(1.0f / unit)) unit = 0.0f;
-    *row.scale = unit;
-    auto* values = reinterpret_cast<uint8_t*>(row.panel);
-    uint8_t* scales = values + k / kColumns * kInt4Bytes;
+    *row_scale = unit;
     for (int64_t first = 0; first < k; first += group_size) {
-        int64_t n = std::min(group_size, k - first);
-        int scale = unit > 0 ? best_group_scale(x + first, n, unit) : 0;
-        float inverse = scale > 0 ? 1.0f / (unit * scale) : 0.0f;
-        for (int64_t i = first; i < first + n; ++i) {
-            int value = static_cast<int>(std::clamp(std::nearbyint(x[i] * inverse), -8.0f, 7.0f)) + 8;
-            int64_t block = i / kColumns, column = i % kColumns, vector = column % 32 / 4;
-            int shift = column < 32 ? 0 : 4;
-            uint8_t& byte = values[block * kInt4Bytes + vector * 64 + row.lane * 4 + i % 4];
-            byte = static_cast<uint8_t>((byte & ~(15 << shift)) | value << shift);
-        }
-        for (int64_t half = first / 32; half < (first + n) / 32; ++half) {
-            int shift = half % 2 == 0 ? 0 : 4;
-            uint8_t& byte = scales[half / 2 * kInt4ScaleBytes + row.lane];
-            byte = static_cast<uint8_t>((byte & ~(15 << shift)) | scale << shift);
+        const int scale = unit > 0 ? best_group_scale(x + first, group_size, unit) : 0;
+        const float inverse = scale > 0 ? 1.0f / (unit * static_cast<float>(scale)) : 0.0f;
+        for (int64_t half = first; half < first + group_size; half += 32) {
+            uint8_t nibbles[32];
+            for (int i = 0; i < 32; ++i) {
+                const float q = rounded_nibble(x[half + i] * inverse) + 8.0f;
+                nibbles[i] = static_cast<uint8_t>(bits_of(q + kRound) & 15u);
+            }
+            uint8_t* bytes = out + half / kColumns * 32;
+            if (half % kColumns == 0) {
+                memcpy(bytes, nibbles, sizeof nibbles);
+            } else {
+                for (int i = 0; i < 32; ++i) bytes[i] = static_cast<uint8_t>(bytes[i] | nibbles[i] << 4);
+            }
+            group_scales[half / 32] = static_cast<uint8_t>(scale);
         }
     }
 }
 
-struct PackJob {
-    const penstock_pack_args* args;
+// Word c of row r to places[r][16 c]: a panel's lines hold 4 bytes of each row.
+void interleave(const char* const* rows, uint32_t* const* places, int64_t num_rows, int64_t num_words) {
+    for (int64_t c = 0; c < num_words; ++c) {
+        for (int64_t r = 0; r < num_rows; ++r) memcpy(places[r] + c * kPanel, rows[r] + 4 * c, 4);
+    }
+}
+
+// The common case, with a fixed number of rows that lie side by side.
+void interleave_panel(const char* const* rows, uint32_t* place, int64_t num_words) {
+    for (int64_t c = 0; c < num_words; ++c, place += kPanel) {
+        for (int r = 0; r < kPanel; ++r) memcpy(place + r, rows[r] + 4 * c, 4);
+    }
+}
+
+// Up to 16 source rows and where they go.
+struct RowBlock {
+    const char* rows[kPanel];
+    uint32_t* places[kPanel];
+    int64_t num_rows;
+
+    void store(int64_t num_words) const {
+        bool side_by_side = num_rows == kPanel;
+        for (int64_t r = 1; r < num_rows; ++r) side_by_side = side_by_side && places[r] == places[0] + r;
+        if (side_by_side) {
+            interleave_panel(rows, places[0], num_words);
+        } else {
+            interleave(rows, places, num_rows, num_words);
+        }
+    }
 };
 
-void pack_rows(Team& team, const void* context) {
-    const auto& args = *static_cast<const PackJob*>(context)->args;
-    const penstock_weight& weight = args.weight;
-    const int64_t k = weight.padded_columns;
-    std::vector<float> x(k, 0.0f);
-    const int64_t num_tasks = (args.num_source_rows + kPanel - 1) / kPanel;
-    // Two tasks never write one panel's byte: a task is a run of 16 source rows, which meet at most
-    // two panels, and different rows lie in different bytes.
-    for (int64_t task = team.next(num_tasks); task >= 0; task = team.next(num_tasks)) {
-        int64_t last = std::min<int64_t>((task + 1) * kPanel, args.num_source_rows);
-        for (int64_t r = task * kPanel; r < last; ++r) {
-            for (int64_t i = 0; i < weight.num_columns; ++i) {
-                x[i] = value_at(args.source, args.source_dtype, r * weight.num_columns + i);
-            }
-            int64_t to = args.first_row + r / kPanel * kPanel * args.panel_step + r % kPanel;
-            Row row{static_cast<char*>(weight.data) + to / kPanel * weight.panel_bytes,
-                    static_cast<int>(to % kPanel), weight.scales ? weight.scales + to : nullptr};
-            switch (weight.format) {
-                case PENSTOCK_F32: store_f32(row, x.data(), k); break;
-                case PENSTOCK_BF16: store_bf16(row, x.data(), k); break;
-                case PENSTOCK_INT8: store_int8(row, x.data(), k); break;
-                default: store_int4(row, x.data(), k, weight.group_size);
-            }
+// One thread's memory for 16 encoded rows.
+struct Encoder {
+    const penstock_weight& weight;
+    int64_t k = weight.padded_columns, row_bytes = weight.panel_bytes / kPanel;
+    std::vector<float> x = std::vector<float>(k);
+    std::vector<char> encoded = std::vector<char>(kPanel * row_bytes);
+    std::vector<uint8_t> group_scales = std::vector<uint8_t>(k / 32);
+
+    // The row's words; scales go to where they belong in `panel`.
+    const char* encode(const void* source, int32_t dtype, int64_t slot, int64_t row, char* panel) {
+        char* out = encoded.data() + slot * row_bytes;
+        read_row(source, dtype, weight.num_columns, k, x.data());
+        auto* bytes = reinterpret_cast<uint8_t*>(out);
+        switch (weight.format) {
+            case PENSTOCK_F32: memcpy(out, x.data(), k * sizeof(float)); return out;
+            case PENSTOCK_BF16: encode_bf16(x.data(), k, reinterpret_cast<uint16_t*>(out)); return out;
+            case PENSTOCK_INT8: encode_int8(x.data(), k, bytes, &weight.scales[row]); return out;
+            default: break;
         }
+        encode_int4(x.data(), k, weight.group_size, bytes, group_scales.data(), &weight.scales[row]);
+        auto* scales = reinterpret_cast<uint8_t*>(panel) + k / kColumns * kInt4Bytes + row % kPanel;
+        for (int64_t block = 0; block < k / kColumns; ++block) {
+            scales[block * kInt4ScaleBytes] = static_cast<uint8_t>(group_scales[2 * block] | group_scales[2 * block + 1] << 4);
+        }
+        return out;
+    }
+
+    int64_t num_words() const {
+        return weight.format == PENSTOCK_INT4 ? k / 8 : k * (weight.format == PENSTOCK_F32 ? 4 : weight.format == PENSTOCK_BF16 ? 2 : 1) / 4;
+    }
+};
+
+// Two tasks never write one byte: a task is a run of 16 source rows, which meet at most two panels,
+// and different rows lie in different words.
+void pack_rows(Team& team, const void* context) {
+    const auto& args = *static_cast<const penstock_pack_args*>(context);
+    const penstock_weight& weight = args.weight;
+    const int64_t source_bytes = weight.num_columns * (args.source_dtype == PENSTOCK_F32 ? 4 : 2);
+    const bool as_it_is = weight.format == PENSTOCK_BF16 && args.source_dtype == PENSTOCK_BF16 &&
+                          weight.num_columns == weight.padded_columns;
+    Encoder encoder{weight};
+    const int64_t num_tasks = (args.num_source_rows + kPanel - 1) / kPanel;
+    for (int64_t task = team.next(num_tasks); task >= 0; task = team.next(num_tasks)) {
+        RowBlock block{};
+        block.num_rows = std::min<int64_t>(kPanel, args.num_source_rows - task * kPanel);
+        for (int64_t r = 0; r < block.num_rows; ++r) {
+            const int64_t to = args.first_row + task * kPanel * args.panel_step + r;
+            char* panel = static_cast<char*>(weight.data) + to / kPanel * weight.panel_bytes;
+            const char* source = static_cast<const char*>(args.source) + (task * kPanel + r) * source_bytes;
+            block.places[r] = reinterpret_cast<uint32_t*>(panel) + to % kPanel;
+            block.rows[r] = as_it_is ? source : encoder.encode(source, args.source_dtype, r, to, panel);
+        }
+        block.store(encoder.num_words());
     }
 }
 
@@ -241,7 +315,6 @@ extern "C" int32_t penstock_pack(penstock_pool* pool, const penstock_pack_args* 
         set_error(problem);
         return -1;
     }
-    PackJob job{args};
-    pool->run(pack_rows, &job);
+    pool->run(pack_rows, args);
     return 0;
 }

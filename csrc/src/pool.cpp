@@ -130,6 +130,10 @@ bool Pool::reserve(int64_t thread_bytes, int64_t shared_bytes) {
     return shared_memory_.reserve(shared_bytes);
 }
 
+bool Pool::holds(int64_t thread_bytes, int64_t shared_bytes) const {
+    return thread_memory_[0].size() >= thread_bytes && shared_memory_.size() >= shared_bytes;
+}
+
 int64_t Pool::scratch_bytes() const {
     int64_t total = shared_memory_.size();
     for (int thread = 0; thread < num_threads_; ++thread) total += thread_memory_[thread].size();

@@ -38,8 +38,8 @@ private:
 
 class Pool;
 
-// One thread's view of the team.
-class Team {
+// One thread's view of the team; on a cache line of its own, because barriers write to it.
+class alignas(kAlignment) Team {
 public:
     Team(Pool& pool, int thread) : pool_(pool), thread_(thread) {}
     int thread() const { return thread_; }
@@ -65,6 +65,7 @@ public:
     ~Pool();
     void run(Job job, const void* context);
     bool reserve(int64_t thread_bytes, int64_t shared_bytes);
+    bool holds(int64_t thread_bytes, int64_t shared_bytes) const;
     int num_threads() const { return num_threads_; }
     int64_t scratch_bytes() const;
 

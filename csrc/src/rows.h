@@ -3,7 +3,7 @@
 // Every function's result depends on its arguments alone, sums being taken in an order that their
 // length fixes. Between instruction sets the order, and so the last bits, differ.
 //
-// exp and softmax: an error of at most 2 ulp (of the exact result for the rounded argument),
+// exp, also in softmax: an error of at most 2.5 ulp (of the exact result for the rounded argument),
 // exp(-inf) = 0 exactly, NaN stays NaN. bf16 is rounded to nearest even everywhere, denormals kept.
 #pragma once
 
@@ -58,6 +58,10 @@ struct RowKernels {
     void (*bf16_to_f32)(const uint16_t* x, float* out, int64_t n);
     // Index of the first NaN, else of the first of the largest; n > 0.
     int64_t (*argmax)(const float* x, int64_t n);
+    // Of the elements from `bound` up: their sum, in double, and their number; and themselves, in
+    // order (`out` has room for n + 16, and its end is overwritten).
+    double (*sum_above)(const float* x, int64_t n, float bound, int64_t* count);
+    int64_t (*select_above)(const float* x, int64_t n, float bound, float* out);
 
     // Keys of 16 * num_panels tokens, each a row of head_dim (even) values anywhere, into panels over
     // tokens: [head_dim][16] float or [head_dim / 2][16][2] bf16, one after the other. Indexed by

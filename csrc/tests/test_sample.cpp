@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <random>
 #include <vector>
 
@@ -55,20 +54,24 @@ void compare(int64_t vocab_size, float spread, const Want& want, uint32_t seed, 
     std::uniform_real_distribution<double> uniform(0, 1);
     std::vector<float> logits(kRows * vocab_size);
     for (float& x : logits) x = normal(random);
-    std::vector<int64_t> rows(kRows), tokens(kRows, -1);
-    std::iota(rows.rbegin(), rows.rend(), 0);
+    std::vector<int64_t> tokens(kRows, -1);
     std::vector<float> temperature(kRows, want.temperature), top_p(kRows, want.top_p), min_p(kRows, want.min_p);
     std::vector<int32_t> top_k(kRows, want.top_k);
     std::vector<double> draws(kRows);
     for (double& x : draws) x = uniform(random);
     draws[0] = 0.0;
     draws[1] = 1.0 - 0x1p-53;
-    penstock_sample_args args{logits.data(), vocab_size, vocab_size, kRows, rows.data(), temperature.data(),
+    penstock_sample_args args{logits.data(), vocab_size, vocab_size, kRows, temperature.data(),
                               top_k.data(), top_p.data(), min_p.data(), draws.data(), tokens.data()};
+    temperature[2] = 0;
+    logits[3 * vocab_size] = -INFINITY;  // an excluded token is never drawn
     CHECK(penstock_sample(pool, &args) == 0);
+    const float* greedy = &logits[2 * vocab_size];
+    CHECK(tokens[2] == std::max_element(greedy, greedy + vocab_size) - greedy);
     int64_t told = 0;
     for (int64_t i = 0; i < kRows; ++i) {
-        const int64_t token = expected(&logits[rows[i] * vocab_size], vocab_size, want, draws[i]);
+        if (i == 2 || (i == 3 && vocab_size == 1)) continue;
+        const int64_t token = expected(&logits[i * vocab_size], vocab_size, want, draws[i]);
         CHECK(tokens[i] >= 0 && tokens[i] < vocab_size);
         if (token < 0) continue;
         ++told;

@@ -85,7 +85,9 @@ inline Vector power_of_fraction(Vector f) {
 inline Vector scale_by_power(Vector x, Vector n) {
     const __m256i power = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
     const __m256i first = _mm256_srai_epi32(power, 1), second = _mm256_sub_epi32(power, first);
-    const auto as_float = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
+    const auto as_float = [&](__m256i e) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23));
+    };
     return x * as_float(first) * as_float(second);
 }
 // For x <= 128.
@@ -98,7 +100,8 @@ inline Vector exp2(Vector x) {
 // Quarter i: 16 bytes of Out, made of the elements of rows[4 * i] from dimension d.
 template <typename Out>
 Dwords assemble(const Out* const* rows, int64_t d) {
-    return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(rows[4] + d), reinterpret_cast<const __m128i*>(rows[0] + d));
+    const auto quarter = [&](int64_t i) { return reinterpret_cast<const __m128i*>(rows[4 * i] + d); };
+    return _mm256_loadu2_m128i(quarter(1), quarter(0));
 }
 
 // The upper halves of low's dwords, then those of high's.
@@ -107,10 +110,14 @@ inline __m256i upper_halves(__m256i low, __m256i high) {
     return _mm256_permute4x64_epi64(words, 0xd8);
 }
 
+// Dwords whose upper halves are the elements as bf16. Small integers need no rounding.
+inline __m256i above(const float* x) { return round_to_bf16(load(x)); }
+inline __m256i above(const int8_t* x) { return _mm256_castps_si256(load(x)); }
+
 template <typename Out, typename In>
     requires(std::is_same_v<Out, uint16_t> && !std::is_same_v<In, uint16_t>)
 Dwords assemble(const In* const* rows, int64_t d) {
-    return upper_halves(round_to_bf16(load(rows[0] + d)), round_to_bf16(load(rows[4] + d)));
+    return upper_halves(above(rows[0] + d), above(rows[4] + d));
 }
 
 template <typename Out>
@@ -146,8 +153,33 @@ inline Dwords pairs(const uint16_t* even, const uint16_t* odd) {
 }
 template <typename In>
 Dwords pairs(const In* even, const In* odd) {
-    const __m256i low = round_to_bf16(load(even)), high = round_to_bf16(load(odd));
-    return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
+    return _mm256_blend_epi16(_mm256_srli_epi32(above(even), 16), above(odd), 0xaa);
+}
+
+double sum_above(const float* x, int64_t n, float bound, int64_t* count) {
+    double lanes[8] = {};
+    int32_t counts[8] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        const bool kept = x[i] >= bound;
+        lanes[i % 8] += kept ? x[i] : 0.0f;
+        counts[i % 8] += kept;
+    }
+    double sum = 0;
+    *count = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+        sum += lanes[lane];
+        *count += counts[lane];
+    }
+    return sum;
+}
+
+int64_t select_above(const float* x, int64_t n, float bound, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        out[count] = x[i];
+        count += x[i] >= bound;
+    }
+    return count;
 }
 
 #include "rows.inc"

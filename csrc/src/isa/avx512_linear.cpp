@@ -68,7 +68,14 @@ void tile(const Tile& t) {
     for (; left >= 4; left -= 4) {
         for (int i = 0; i < t.num_ahead; ++i) {
 #pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) _mm_prefetch(b + p * b_stride + ahead + i * kLine, _MM_HINT_T0);
+            for (int p = 0; p < P; ++p) {
+                const char* line = b + p * b_stride + ahead + i * kLine;
+                if (P < 4 && t.num_ahead == 4) {
+                    _mm_prefetch(line, _MM_HINT_T0);
+                } else {
+                    _mm_prefetch(line, _MM_HINT_T1);
+                }
+            }
         }
         add_line(0);
         add_line(1);
@@ -100,7 +107,7 @@ constexpr TileFunction tile_if() {
 
 template <class F>
 struct Format {
-    static constexpr int64_t kMaxRows = 12, kCutLines = 128, kAheadLines = 16;
+    static constexpr int64_t kMaxRows = 12, kCutLines = 256, kAheadLines = 64;
     static int64_t panels_for(int64_t rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 2; }
     static TileFunction tile(int64_t rows, int64_t panels) {
 #define ROW(R) {tile_if<F, R, 1>(), tile_if<F, R, 2>(), tile_if<F, R, 4>(), tile_if<F, R, 8>()}
@@ -117,7 +124,7 @@ void gemm_i8(const Gemm& g, const int32_t* row_sums) { drive<Format<Int8>>(g, 1,
 
 // INT4. A block of 64 columns is 8 lines of nibbles, the first group's low, the second's high.
 constexpr int64_t kBlock = 64, kBlockBytes = 512, kScaleBytes = 16;
-constexpr int64_t kMaxRowsI4 = 8, kCutBlocks = 64;
+constexpr int64_t kMaxRowsI4 = 12, kCutBlocks = 64;
 
 struct BlockSums {
     int32_t values[kMaxRowsI4][2 * kCutBlocks];
@@ -149,7 +156,7 @@ struct TileI4 {
     int32_t* c;
     int64_t ldc;
     bool accumulate;
-    int64_t ahead;
+    int64_t next;  // bytes to the panels after these
 };
 
 // A group's sum of a * (value) lies in 16 bits: 32 * 127 * 8 < 2^15. So that its product with the
@@ -158,7 +165,7 @@ template <int R, int P>
 void tile_i4(const TileI4& t) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i sums[R][P];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
@@ -167,50 +174,73 @@ void tile_i4(const TileI4& t) {
     }
     const char* a = t.a;
     const uint8_t *b = t.b, *scales = t.scales;
-    const int64_t a_stride = t.a_stride, b_stride = t.b_stride, ahead = t.ahead;
+    const int64_t a_stride = t.a_stride, b_stride = t.b_stride;
+    constexpr int64_t kAheadBlocks = 16 / P;
+    constexpr int kHalves = R <= 2 ? 2 : 1;  // both halves at once as long as registers last
     for (int64_t block = 0; block < t.num_blocks; ++block) {
-        __m512i low[R][P], high[R][P];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
-                low[r][p] = _mm512_set1_epi32(t.corrections->values[r][2 * block]);
-                high[r][p] = _mm512_set1_epi32(t.corrections->values[r][2 * block + 1]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
-                const uint8_t* line = b + p * b_stride + i * kLine;
-                _mm_prefetch(line + ahead, _MM_HINT_T0);
-                const __m512i both = _mm512_loadu_si512(line);
-                const __m512i first = _mm512_and_si512(both, nibble);
-                const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const char* q = a + r * a_stride + i * 4;
-                    low[r][p] = _mm512_dpbusd_epi32(low[r][p], first, _mm512_set1_epi32(load_int(q)));
-                    high[r][p] = _mm512_dpbusd_epi32(high[r][p], second, _mm512_set1_epi32(load_int(q + 32)));
-                }
-            }
-        }
+        // Fetch the blocks after these; at the end of the panels, the first of the next ones.
+        const int64_t ahead = kAheadBlocks * kBlockBytes - (block + kAheadBlocks < t.num_blocks ? 0 : t.num_blocks * kBlockBytes - t.next);
+        __m512i scale_pairs[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
+            _mm_prefetch(scales + p * b_stride + t.next, _MM_HINT_T1);
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + p * b_stride));
-            const __m512i both = _mm512_cvtepu8_epi32(bytes);
-            const __m512i first = _mm512_and_si512(both, _mm512_set1_epi32(15)), second = _mm512_srli_epi32(both, 4);
+            scale_pairs[p] = _mm512_cvtepu8_epi32(bytes);
+        }
+#pragma GCC unroll 2
+        for (int pass = 0; pass < 2; pass += kHalves) {
+            __m512i group[kHalves][R][P];
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) {
+#pragma GCC unroll 12
+                for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+                    for (int p = 0; p < P; ++p) {
+                        group[h][r][p] = _mm512_set1_epi32(t.corrections->values[r][2 * block + pass + h]);
+                    }
+                }
+            }
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                sums[r][p] = _mm512_dpwssd_epi32(sums[r][p], low[r][p], first);
-                sums[r][p] = _mm512_dpwssd_epi32(sums[r][p], high[r][p], second);
+            for (int i = 0; i < 8; ++i) {
+                __m512i both[P];
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) {
+                    const uint8_t* line = b + p * b_stride + i * kLine;
+                    if (pass == 0) _mm_prefetch(line + ahead, _MM_HINT_T1);
+                    both[p] = _mm512_loadu_si512(line);
+                }
+#pragma GCC unroll 2
+                for (int h = 0; h < kHalves; ++h) {
+                    __m512i nibbles[P];
+#pragma GCC unroll 4
+                    for (int p = 0; p < P; ++p) {
+                        nibbles[p] = _mm512_and_si512(pass + h == 0 ? both[p] : _mm512_srli_epi16(both[p], 4), nibble);
+                    }
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; ++r) {
+                        const char* q = a + r * a_stride + (pass + h) * 32 + i * 4;
+                        const __m512i value = _mm512_set1_epi32(load_int(q));
+#pragma GCC unroll 4
+                        for (int p = 0; p < P; ++p) group[h][r][p] = _mm512_dpbusd_epi32(group[h][r][p], nibbles[p], value);
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) {
+#pragma GCC unroll 4
+                for (int p = 0; p < P; ++p) {
+                    const __m512i pair = scale_pairs[p];
+                    const __m512i scale = pass + h == 0 ? _mm512_and_si512(pair, _mm512_set1_epi32(15)) : _mm512_srli_epi32(pair, 4);
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; ++r) sums[r][p] = _mm512_dpwssd_epi32(sums[r][p], group[h][r][p], scale);
+                }
             }
         }
         a += kBlock;
         b += kBlockBytes;
         scales += kScaleBytes;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) _mm512_storeu_si512(t.c + r * t.ldc + p * kPanel, sums[r][p]);
@@ -221,7 +251,7 @@ using TileI4Function = void (*)(const TileI4&);
 
 template <int R, int P>
 constexpr TileI4Function tile_i4_if() {
-    if constexpr (R * P <= 8) {
+    if constexpr (R * P <= 12) {
         return tile_i4<R, P>;
     } else {
         return nullptr;
@@ -229,7 +259,8 @@ constexpr TileI4Function tile_i4_if() {
 }
 
 #define ROW(R) {tile_i4_if<R, 1>(), tile_i4_if<R, 2>(), tile_i4_if<R, 4>()}
-constexpr TileI4Function kTilesI4[kMaxRowsI4][3] = {ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7), ROW(8)};
+constexpr TileI4Function kTilesI4[kMaxRowsI4][3] = {ROW(1), ROW(2), ROW(3), ROW(4),  ROW(5),  ROW(6),
+                                                     ROW(7), ROW(8), ROW(9), ROW(10), ROW(11), ROW(12)};
 #undef ROW
 
 void rows_i4(const Gemm& g, int64_t first, int64_t num_rows) {
@@ -239,13 +270,13 @@ void rows_i4(const Gemm& g, int64_t first, int64_t num_rows) {
         const char* a = static_cast<const char*>(g.a) + first * g.lda + block * kBlock;
         BlockSums corrections;
         correct_groups(a, g.lda, num_rows, count, corrections);
-        int64_t panels = num_rows <= 2 ? 4 : num_rows <= 4 ? 2 : 1;
+        int64_t panels = num_rows <= 3 ? 4 : num_rows <= 6 ? 2 : 1;
         for (int64_t j = 0; j < g.num_panels; j += panels) {
             while (panels > g.num_panels - j) panels /= 2;
             const uint8_t* b = static_cast<const uint8_t*>(g.b) + j * g.b_stride;
             TileI4 t{a, g.lda, b + block * kBlockBytes, b + num_blocks * kBlockBytes + block * kScaleBytes,
                      g.b_stride, count, &corrections, static_cast<int32_t*>(g.c) + first * g.ldc + j * kPanel,
-                     g.ldc, g.accumulate || block > 0, 16 * kLine};
+                     g.ldc, g.accumulate || block > 0, panels * g.b_stride};
             kTilesI4[num_rows - 1][__builtin_ctzll(static_cast<unsigned long long>(panels))](t);
         }
     }
@@ -269,9 +300,9 @@ struct BlockI4 {
         const __m512i twice = _mm512_or_si512(both, _mm512_slli_epi32(both, 16));  // in both halves
         first_scale = _mm512_and_si512(twice, _mm512_set1_epi16(15));
         second_scale = _mm512_srli_epi16(twice, 4);
-        const __m512i minus_eights = _mm512_set1_epi16(-8 * 257), middle = _mm512_set1_epi8(-128);
-        first_offset = _mm512_add_epi8(_mm512_mullo_epi16(first_scale, minus_eights), middle);
-        second_offset = _mm512_add_epi8(_mm512_mullo_epi16(second_scale, minus_eights), middle);
+        const __m512i eights = _mm512_set1_epi16(8 * 257), middle = _mm512_set1_epi8(-128);
+        first_offset = _mm512_sub_epi8(middle, _mm512_mullo_epi16(first_scale, eights));
+        second_offset = _mm512_sub_epi8(middle, _mm512_mullo_epi16(second_scale, eights));
     }
     // scale * value + 128 of the low and of the high nibbles
     __m512i low(__m512i line) const { return scaled(line, first_scale, first_offset); }
@@ -289,7 +320,7 @@ void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
     for (int64_t block = 0; block < k / kBlock; ++block) {
         const BlockI4 converter(scales + block * kScaleBytes);
         for (int i = 0; i < 8; ++i) {
-            _mm_prefetch(b + 16 * kLine, _MM_HINT_T0);
+            _mm_prefetch(b + 32 * kLine, _MM_HINT_T1);
             const __m512i line = _mm512_loadu_si512(b);
             _mm512_store_si512(out + i * kLine, converter.low(line));
             _mm512_store_si512(out + (i + 8) * kLine, converter.high(line));
@@ -316,7 +347,7 @@ inline void store_bf16(__m512i line, uint16_t* out) {
 void i8_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     const auto* b = static_cast<const uint8_t*>(panel);
     for (int64_t i = 0; i < k / 4; ++i, b += kLine, out += 64) {
-        _mm_prefetch(b + 16 * kLine, _MM_HINT_T0);
+        _mm_prefetch(b + 32 * kLine, _MM_HINT_T1);
         store_bf16(_mm512_loadu_si512(b), out);
     }
 }
@@ -327,7 +358,7 @@ void i4_to_bf16(const void* panel, int64_t k, int64_t, uint16_t* out) {
     for (int64_t block = 0; block < k / kBlock; ++block) {
         const BlockI4 converter(scales + block * kScaleBytes);
         for (int i = 0; i < 8; ++i, b += kLine) {
-            _mm_prefetch(b + 16 * kLine, _MM_HINT_T0);
+            _mm_prefetch(b + 32 * kLine, _MM_HINT_T1);
             const __m512i line = _mm512_loadu_si512(b);
             store_bf16(converter.low(line), out + i * 64);
             store_bf16(converter.high(line), out + (i + 8) * 64);
@@ -343,6 +374,7 @@ const LinearKernels avx512_linear = {
     gemm_i4,    i4_to_i8,   i4_to_bf16,
     i8_to_bf16, quantize_row<float>, quantize_row<uint16_t>,
     finish,
+    48,
 };
 
 }  // namespace penstock

@@ -81,24 +81,14 @@ inline Vector exp2(Vector x) {
 // Quarter i: 16 bytes of Out, made of the elements of rows[4 * i] from dimension d.
 template <typename Out>
 Dwords assemble(const Out* const* rows, int64_t d) {
-    const auto quarter = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * i] + d)); };
-    Dwords all = _mm512_castsi128_si512(quarter(0));
-    all = _mm512_mask_broadcast_i32x4(all, 0x00f0, quarter(1));
-    all = _mm512_mask_broadcast_i32x4(all, 0x0f00, quarter(2));
-    return _mm512_mask_broadcast_i32x4(all, 0xf000, quarter(3));
+    const auto quarter = [&](int64_t i) { return reinterpret_cast<const __m128i*>(rows[4 * i] + d); };
+    const __m256i low = _mm256_loadu2_m128i(quarter(1), quarter(0)), high = _mm256_loadu2_m128i(quarter(3), quarter(2));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-inline int64_t eight_bytes(const void* from) {
-    int64_t value;
-    memcpy(&value, from, sizeof value);
-    return value;
-}
-
-inline __m256i four_quarters(const void* a, const void* b, const void* c, const void* d) {
-    __m256i all = _mm256_castsi128_si256(_mm_cvtsi64_si128(eight_bytes(a)));
-    all = _mm256_mask_set1_epi64(all, 2, eight_bytes(b));
-    all = _mm256_mask_set1_epi64(all, 4, eight_bytes(c));
-    return _mm256_mask_set1_epi64(all, 8, eight_bytes(d));
+inline __m128i two_halves(const void* low, const void* high) {
+    const __m128 first = _mm_castsi128_ps(_mm_loadl_epi64(static_cast<const __m128i*>(low)));
+    return _mm_castps_si128(_mm_loadh_pi(first, static_cast<const __m64*>(high)));
 }
 
 // The upper halves of low's dwords, then those of high's.
@@ -111,10 +101,11 @@ inline __m512i upper_halves(__m512i low, __m512i high) {
 template <typename Out>
     requires std::is_same_v<Out, uint16_t>
 Dwords assemble(const int8_t* const* rows, int64_t d) {
-    const __m256i bytes = four_quarters(rows[0] + d, rows[4] + d, rows[8] + d, rows[12] + d);
-    const Vector low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    const Vector high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return upper_halves(_mm512_castps_si512(low), _mm512_castps_si512(high));
+    const auto half = [&](int64_t i) {
+        const __m128i bytes = two_halves(rows[8 * i] + d, rows[8 * i + 4] + d);
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));  // exact in 8 bits
+    };
+    return upper_halves(half(0), half(1));
 }
 
 template <typename Out>
@@ -130,7 +121,7 @@ Dwords assemble(const float* const* rows, int64_t d) {
 template <typename Out>
     requires std::is_same_v<Out, float>
 Dwords assemble(const uint16_t* const* rows, int64_t d) {
-    const __m256i bits = four_quarters(rows[0] + d, rows[4] + d, rows[8] + d, rows[12] + d);
+    const __m256i bits = _mm256_set_m128i(two_halves(rows[8] + d, rows[12] + d), two_halves(rows[0] + d, rows[4] + d));
     return _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
 
@@ -154,16 +145,46 @@ inline void transpose(Dwords block[4]) {
 
 // kLanes dwords: bf16 of even[i] below, of odd[i] above.
 inline Dwords pairs(const uint16_t* even, const uint16_t* odd) {
-    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
     const __m512i high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
     return _mm512_permutex2var_epi16(low, order, high);
 }
+// Dwords whose upper halves are the elements as bf16. Small integers need no rounding.
+inline __m512i above(const float* x) { return round_to_bf16(load(x)); }
+inline __m512i above(const int8_t* x) { return _mm512_castps_si512(load(x)); }
 template <typename In>
 Dwords pairs(const In* even, const In* odd) {
-    const __m512i low = round_to_bf16(load(even)), high = round_to_bf16(load(odd));
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(above(even), 16), above(odd));
+}
+
+inline __mmask16 first_lanes(int64_t n) { return n >= kLanes ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+
+double sum_above(const float* x, int64_t n, float bound, int64_t* count) {
+    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    *count = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+        const __mmask16 kept = _mm512_mask_cmp_ps_mask(first_lanes(n - i), values, _mm512_set1_ps(bound), _CMP_GE_OQ);
+        const __m512 terms = _mm512_maskz_mov_ps(kept, values);
+        sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(terms)));
+        sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(terms, 1)));
+        *count += __builtin_popcount(kept);
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+}
+
+int64_t select_above(const float* x, int64_t n, float bound, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const __m512 values = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+        const __mmask16 kept = _mm512_mask_cmp_ps_mask(first_lanes(n - i), values, _mm512_set1_ps(bound), _CMP_GE_OQ);
+        if (kept == 0) continue;  // most: and compressing straight to memory is slow on some processors
+        _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(kept, values));
+        count += __builtin_popcount(kept);
+    }
+    return count;
 }
 
 #include "rows.inc"

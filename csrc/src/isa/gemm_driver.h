@@ -34,7 +34,7 @@ struct Tile {
 using TileFunction = void (*)(const Tile&);
 
 // `Format` gives kMaxRows, panels_for(rows) (a power of two), tile(rows, panels), kCutLines and
-// kAheadLines.
+// kAheadLines, of all panels together.
 template <class Format>
 void drive(const Gemm& g, int64_t value_size, const int32_t* row_sums) {
     const int64_t num_tiles = (g.m + Format::kMaxRows - 1) / Format::kMaxRows;
@@ -44,7 +44,8 @@ void drive(const Gemm& g, int64_t value_size, const int32_t* row_sums) {
         while (panels > g.num_panels - j) panels /= 2;
         const bool last_panels = j + panels >= g.num_panels;
         // One tile: all but the last lines in one go; the last ones fetch the next panels' first.
-        const int64_t tail = num_lines > 2 * Format::kAheadLines ? Format::kAheadLines : 0;
+        const int64_t ahead = Format::kAheadLines / panels;
+        const int64_t tail = num_lines > 2 * ahead ? ahead : 0;
         int64_t cut = num_tiles > 1 ? Format::kCutLines : num_lines - tail;
         for (int64_t line = 0; line < num_lines; line += cut) {
             cut = cut < num_lines - line ? cut : num_lines - line;
@@ -54,8 +55,8 @@ void drive(const Gemm& g, int64_t value_size, const int32_t* row_sums) {
             tile.b_stride = g.b_stride;
             tile.num_lines = cut;
             tile.accumulate = g.accumulate || line > 0;
-            tile.ahead = num_tiles > 1 ? cut * kLine : Format::kAheadLines * kLine;
-            if (last_cut) tile.ahead = panels * g.b_stride - (num_tiles > 1 ? line : num_lines - Format::kAheadLines) * kLine;
+            tile.ahead = num_tiles > 1 ? cut * kLine : ahead * kLine;
+            if (last_cut && (num_tiles > 1 || tail)) tile.ahead = panels * g.b_stride - line * kLine;
             for (int64_t t = 0; t < num_tiles; ++t) {
                 const int64_t first = t * g.m / num_tiles, last = (t + 1) * g.m / num_tiles;
                 tile.a = static_cast<const char*>(g.a) + first * g.lda * value_size + line * 4;

@@ -30,8 +30,8 @@ constexpr float kRound = 12582912.0f;
 
 // exp by 2^n times the polynomial of Cephes' expf, 2 ulp; |x| beyond 87 saturates.
 inline float exp_of(float x) {
-    x = x > 87.0f ? 87.0f : x;
-    x = x < -87.0f ? -87.0f : x;
+    const uint32_t magnitude = bits_of(x) & 0x7fffffffu, largest = bits_of(87.0f);
+    x = float_of((bits_of(x) & 0x80000000u) | (magnitude < largest ? magnitude : largest));
     const float shifted = x * 1.44269504f + kRound;
     const float n = shifted - kRound;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -49,6 +49,13 @@ inline float silu(float x) { return x / (1.0f + exp_of(-x)); }
 
 inline float to_float(float value) { return value; }
 inline float to_float(uint16_t value) { return bf16_to_f32(value); }
+
+// f32_to_bf16 without branches.
+inline uint16_t round_to_bf16(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
 
 template <typename T>
 float quantize_row(const T* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum) {
@@ -72,44 +79,41 @@ float quantize_row(const T* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* 
     return tiny ? 0.0f : peak / 127.0f;
 }
 
-// 16 results of panel j, scaled and with their bias.
+// n products, scaled and with their bias; `first` counts outputs of the weight.
 template <typename T>
-void finish_panel(const Finish& f, int64_t j, float* out) {
-    const T* c = static_cast<const T*>(f.c) + j * kPanel;
+void scale_products(const Finish& f, int64_t first, int64_t n, float* out) {
+    const T* c = static_cast<const T*>(f.c) + first;
     if (f.scales) {
-        const float* scales = f.scales + j * kPanel;
-        for (int i = 0; i < kPanel; ++i) out[i] = static_cast<float>(c[i]) * scales[i] * f.row_scale;
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(c[i]) * f.scales[first + i] * f.row_scale;
     } else {
-        for (int i = 0; i < kPanel; ++i) out[i] = static_cast<float>(c[i]);
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(c[i]);
     }
     if (f.bias) {
-        for (int i = 0; i < kPanel; ++i) out[i] += f.bias[j * kPanel + i];
+        for (int64_t i = 0; i < n; ++i) out[i] += f.bias[first + i];
     }
 }
 
+// In pieces that stay in L1, in loops long enough for the compiler's vectorizer.
 template <typename T>
 void finish_row(const Finish& f) {
-    for (int64_t first = 0; first < f.num_outputs; first += kPanel) {
-        alignas(64) float out[kPanel];
+    constexpr int64_t kPiece = 128;
+    alignas(64) float out[kPiece], up[kPiece];
+    for (int64_t first = 0; first < f.num_outputs; first += kPiece) {
+        const int64_t n = f.num_outputs - first < kPiece ? f.num_outputs - first : kPiece;
         if (f.gated) {
-            alignas(64) float up[kPanel];
-            finish_panel<T>(f, first / kPanel * 2, out);
-            finish_panel<T>(f, first / kPanel * 2 + 1, up);
-            for (int i = 0; i < kPanel; ++i) out[i] = silu(out[i]) * up[i];
+            for (int64_t i = 0; i < n; i += kPanel) {
+                scale_products<T>(f, 2 * (first + i), kPanel, out + i);
+                scale_products<T>(f, 2 * (first + i) + kPanel, kPanel, up + i);
+            }
+            for (int64_t i = 0; i < n; ++i) out[i] = silu(out[i]) * up[i];
         } else {
-            finish_panel<T>(f, first / kPanel, out);
+            scale_products<T>(f, first, n, out);
         }
-        const int64_t n = f.num_outputs - first < kPanel ? f.num_outputs - first : kPanel;
-        if (!f.to_bf16) {
+        if (f.to_bf16) {
+            auto* y = static_cast<uint16_t*>(f.y) + first;
+            for (int64_t i = 0; i < n; ++i) y[i] = round_to_bf16(out[i]);
+        } else {
             memcpy(static_cast<float*>(f.y) + first, out, sizeof(float) * n);
-            continue;
-        }
-        alignas(64) uint16_t rounded[kPanel];
-        for (int i = 0; i < kPanel; ++i) rounded[i] = f32_to_bf16(out[i]);
-        if (n == kPanel) {
-            memcpy(static_cast<uint16_t*>(f.y) + first, rounded, sizeof rounded);
-        } else {
-            memcpy(static_cast<uint16_t*>(f.y) + first, rounded, sizeof(uint16_t) * n);
         }
     }
 }

@@ -104,6 +104,7 @@ const LinearKernels scalar_linear = {
     gemm_i4,    i4_to_i8,   i4_to_bf16,
     i8_to_bf16, quantize_row<float>, quantize_row<uint16_t>,
     finish,
+    8,
 };
 
 }  // namespace penstock

@@ -56,6 +56,25 @@ void to_f32(const uint16_t* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(x[i]);
 }
 
+double sum_above(const float* x, int64_t n, float bound, int64_t* count) {
+    double sum = 0;
+    *count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (!(x[i] >= bound)) continue;  // nor NaN
+        sum += x[i];
+        ++*count;
+    }
+    return sum;
+}
+
+int64_t select_above(const float* x, int64_t n, float bound, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (x[i] >= bound) out[count++] = x[i];
+    }
+    return count;
+}
+
 int64_t argmax(const float* x, int64_t n) {
     int64_t best = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -165,6 +184,8 @@ const RowKernels scalar_rows = {
     to_bf16,
     to_f32,
     argmax,
+    sum_above,
+    select_above,
     {pack_keys<float, float>, pack_keys<uint16_t, float>, pack_keys<int8_t, float>},
     {pack_keys<float, uint16_t>, pack_keys<uint16_t, uint16_t>, pack_keys<int8_t, uint16_t>},
     {pack_values<float, float>, pack_values<uint16_t, float>, pack_values<int8_t, float>},

@@ -19,7 +19,6 @@ namespace {
 using Args = penstock_linear_args;
 
 constexpr int64_t kOwnRows = 4;    // up to so many rows each thread prepares all: cheaper than a barrier
-constexpr int64_t kFusedRows = 8;  // up to so many rows 4-bit panels are multiplied as they are
 constexpr int64_t kFewRows = 12;   // up to so many rows every panel is read once: caches do not matter
 constexpr int64_t kBlockRows = 96;  // rows whose products with a group of panels lie in L2
 constexpr int64_t kGroup = 8;       // panels a task at most: as many streams from memory
@@ -47,7 +46,7 @@ int64_t converted_bytes(const Args& args, int64_t num_rows) {
     const int64_t k = args.weight.padded_columns;
     if (!quantized(args)) return 0;
     if (row_dtype(args) == PENSTOCK_BF16) return k * kPanel * 2;
-    return args.weight.format == PENSTOCK_INT4 && num_rows > kFusedRows ? k * kPanel : 0;
+    return args.weight.format == PENSTOCK_INT4 && num_rows > kernels().linear.max_rows_i4 ? k * kPanel : 0;
 }
 
 bool gated(const Args& args) { return args.epilogue == PENSTOCK_SILU_MUL; }

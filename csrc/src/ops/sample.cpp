@@ -1,5 +1,5 @@
-// Draws tokens: temperature, min-p, top-k, top-p, one random number a row. Rows are divided among
-// the threads; each is a few passes over the vocabulary, and nothing is sorted but one bucket.
+// Chooses tokens: the most likely one, or a draw after temperature, min-p, top-k and top-p with one
+// random number a row. Rows are divided among the threads; each is a few passes over the vocabulary, and little is sorted.
 //
 // The meaning is that of penstock/engine/sampler.py: truncation by thresholds, ties stay in; the
 // draw inverts the cumulative distribution in the order of token ids, summed in double.
@@ -22,7 +22,6 @@ constexpr int64_t kBlock = 128;
 
 struct Buckets {
     double mass[kNumBuckets];
-    int32_t count[kNumBuckets];
 };
 
 int bucket_of(float weight) {  // the bits of positive floats are ordered as they are
@@ -31,82 +30,95 @@ int bucket_of(float weight) {  // the bits of positive floats are ordered as the
     return static_cast<int>(bits >> kBucketShift);
 }
 
-// One row's memory: its weights, one bucket's weights, the masses.
+// One row's memory: its weights, those of them that truncation looks at, their masses.
 struct Row {
     float* weights;
-    float* members;
+    float* candidates;
     Buckets* buckets;
     int64_t size;
+    int64_t num_candidates;
 };
 
+int64_t candidate_bytes(int64_t vocab_size) { return round_up((vocab_size + kPanel) * 4, kAlignment); }
+
 int64_t bytes_for(int64_t vocab_size) {
-    return 2 * round_up(vocab_size * 4, kAlignment) + round_up(sizeof(Buckets), kAlignment);
+    return round_up(vocab_size * 4, kAlignment) + candidate_bytes(vocab_size) + round_up(sizeof(Buckets), kAlignment);
+}
+
+double mass_above(const float* weights, int64_t n, float bound) {
+    int64_t count;
+    return kernels().rows->sum_above(weights, n, bound, &count);
+}
+
+// Few weights of a language model matter: the candidates are those above the first bound that leaves
+// `top_k` of them and `top_p` of the mass.
+void find_candidates(Row& row, int64_t top_k, float top_p) {
+    float bound = 0.0f;
+    const double total = top_p < 1 ? mass_above(row.weights, row.size, 0.0f) : 0.0;
+    for (const float trial : {0.05f, 2.5e-3f, 5e-5f, 1e-7f}) {
+        int64_t count;
+        const double mass = kernels().rows->sum_above(row.weights, row.size, trial, &count);
+        // The margin covers the rounding of the sums.
+        if (count >= top_k && (top_p >= 1 || mass * (1 - 1e-9) >= top_p * total)) {
+            bound = trial;
+            break;
+        }
+    }
+    row.num_candidates = kernels().rows->select_above(row.weights, row.size, bound, row.candidates);
+}
+
+float kth_largest(const Row& row, int64_t k) {
+    std::nth_element(row.candidates, row.candidates + k - 1, row.candidates + row.num_candidates,
+                     std::greater<float>());
+    return row.candidates[k - 1];
 }
 
 void fill_buckets(const Row& row) {
     memset(row.buckets, 0, sizeof *row.buckets);
-    for (int64_t i = 0; i < row.size; ++i) {
-        const int bucket = bucket_of(row.weights[i]);
-        row.buckets->mass[bucket] += row.weights[i];
-        row.buckets->count[bucket] += 1;
+    for (int64_t i = 0; i < row.num_candidates; ++i) {
+        row.buckets->mass[bucket_of(row.candidates[i])] += row.candidates[i];
     }
 }
 
-// The weights of one bucket, the largest first.
-int64_t sort_bucket(const Row& row, int bucket) {
-    int64_t num = 0;
-    for (int64_t i = 0; i < row.size; ++i) {
-        if (bucket_of(row.weights[i]) == bucket) row.members[num++] = row.weights[i];
-    }
-    std::sort(row.members, row.members + num, std::greater<float>());
-    return num;
-}
-
-float kth_largest(const Row& row, int64_t k) {
-    int bucket = kNumBuckets - 1;
-    int64_t above = 0;
-    while (above + row.buckets->count[bucket] < k) above += row.buckets->count[bucket--];
-    sort_bucket(row, bucket);
-    return row.members[k - above - 1];
-}
-
-// The smallest weight that top-p leaves of those from `limit` up.
-float nucleus_edge(const Row& row, float limit, float top_p) {
-    const int lowest = bucket_of(limit);
+// The smallest weight that top-p leaves of those from `limit` up: the one at which the mass of the
+// larger ones and itself reaches the target. Whole buckets are skipped, one is sorted.
+float nucleus_edge(Row& row, float limit, float top_p) {
     double total = 0;
-    for (int bucket = kNumBuckets - 1; bucket > lowest; --bucket) total += row.buckets->mass[bucket];
-    for (int64_t i = 0; i < row.size; ++i) {
-        if (bucket_of(row.weights[i]) == lowest && row.weights[i] >= limit) total += row.weights[i];
+    if (limit > 0) {
+        float* end = std::partition(row.candidates, row.candidates + row.num_candidates,
+                                    [limit](float weight) { return weight >= limit; });
+        row.num_candidates = end - row.candidates;
+        for (int64_t i = 0; i < row.num_candidates; ++i) total += row.candidates[i];
+    } else {
+        total = mass_above(row.weights, row.size, 0.0f);
     }
-
     const double target = static_cast<double>(top_p) * total;
+    fill_buckets(row);
     double mass = 0;
     int bucket = kNumBuckets - 1;
-    while (bucket > lowest && mass + row.buckets->mass[bucket] < target) mass += row.buckets->mass[bucket--];
-    const int64_t num = sort_bucket(row, bucket);
+    while (bucket > 0 && mass + row.buckets->mass[bucket] < target) mass += row.buckets->mass[bucket--];
+    float* end = std::partition(row.candidates, row.candidates + row.num_candidates,
+                                [bucket](float weight) { return bucket_of(weight) == bucket; });
+    const int64_t num = end - row.candidates;
+    if (num == 0) return limit;
+    std::sort(row.candidates, end, std::greater<float>());
     int64_t place = 0;
-    while (place < num - 1 && mass + row.members[place] < target) mass += row.members[place++];
-    return std::max(limit, num > 0 ? row.members[place] : limit);
-}
-
-double block_sum(const float* weights, int64_t n, float limit) {
-    double lanes[4] = {0, 0, 0, 0};
-    for (int64_t i = 0; i < n; ++i) lanes[i % 4] += weights[i] >= limit ? weights[i] : 0.0f;
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    while (place < num - 1 && mass + row.candidates[place] < target) mass += row.candidates[place++];
+    return std::max(limit, row.candidates[place]);
 }
 
 // The token at `draw` of the mass of the weights from `limit` up: never one that was cut off.
 int64_t invert(const Row& row, float limit, double draw) {
     double total = 0;
     for (int64_t first = 0; first < row.size; first += kBlock) {
-        total += block_sum(row.weights + first, std::min(kBlock, row.size - first), limit);
+        total += mass_above(row.weights + first, std::min(kBlock, row.size - first), limit);
     }
     const double target = draw * total;
     double mass = 0;
     int64_t last = -1;  // the last token that may be drawn: rounding may leave the target above all
     for (int64_t first = 0; first < row.size; first += kBlock) {
         const int64_t n = std::min(kBlock, row.size - first);
-        const double sum = block_sum(row.weights + first, n, limit);
+        const double sum = mass_above(row.weights + first, n, limit);
         if (sum > 0 && (mass + sum > target || first + kBlock >= row.size)) {
             double inside = mass;
             for (int64_t i = first; i < first + n; ++i) {
@@ -125,9 +137,11 @@ int64_t invert(const Row& row, float limit, double draw) {
     return last;
 }
 
-int64_t draw(const penstock_sample_args& args, int64_t index, const Row& row) {
-    const float* logits = args.logits + args.rows[index] * args.stride;
-    const float peak = logits[kernels().rows->argmax(logits, row.size)];
+int64_t choose(const penstock_sample_args& args, int64_t index, Row& row) {
+    const float* logits = args.logits + index * args.stride;
+    const int64_t likeliest = kernels().rows->argmax(logits, row.size);
+    const float peak = logits[likeliest];
+    if (args.temperature[index] <= 0 || !std::isfinite(peak)) return likeliest;
     const float inverse = 1.0f / args.temperature[index];
     for (int64_t i = 0; i < row.size; ++i) row.weights[i] = (logits[i] - peak) * inverse;
     kernels().rows->exp(row.weights, row.weights, row.size);
@@ -135,7 +149,7 @@ int64_t draw(const penstock_sample_args& args, int64_t index, const Row& row) {
     float limit = args.min_p[index];
     const int64_t k = args.top_k[index];
     const bool ranked = k > 0 && k < row.size, nucleus = args.top_p[index] < 1.0f;
-    if (ranked || nucleus) fill_buckets(row);
+    if (ranked || nucleus) find_candidates(row, ranked ? k : 0, args.top_p[index]);
     if (ranked) limit = std::max(limit, kth_largest(row, k));
     if (nucleus) limit = nucleus_edge(row, limit, args.top_p[index]);
     return invert(row, limit, args.draws[index]);
@@ -145,10 +159,10 @@ void sample(Team& team, const void* context) {
     const auto& args = *static_cast<const penstock_sample_args*>(context);
     const int64_t bytes = round_up(args.vocab_size * 4, kAlignment);
     char* scratch = team.scratch();
-    const Row row{reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + bytes),
-                  reinterpret_cast<Buckets*>(scratch + 2 * bytes), args.vocab_size};
+    Row row{reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + bytes),
+                  reinterpret_cast<Buckets*>(scratch + bytes + candidate_bytes(args.vocab_size)), args.vocab_size, 0};
     for (int64_t i = team.next(args.num_rows); i >= 0; i = team.next(args.num_rows)) {
-        args.token_ids[i] = draw(args, i, row);
+        args.token_ids[i] = choose(args, i, row);
     }
 }
 
