@@ -32,8 +32,11 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-$(VENV)/.serve: pyproject.toml constraints.txt $(VENV)/.torch
+# torch is a download of its own, and needed only where the native library could not be built.
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[serve]'
+	@test -e $(NATIVE) || { echo "The native library was not built (is there a C++ compiler?): installing torch."; \
+	  $(MAKE) --no-print-directory $(VENV)/.torch; }
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch

@@ -51,16 +51,18 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
-def write(name: str, figures: dict[str, Any], environment_: dict[str, Any]) -> Path:
-    """Write results/<name>.json and print it as one line."""
+def write(
+    name: str, figures: dict[str, Any], environment_: dict[str, Any], directory: Path = RESULTS
+) -> Path:
+    """Write <directory>/<name>.json and print it as one line."""
     document = {
         "benchmark": name,
         "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
         "environment": environment_,
         "figures": figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
     return path

@@ -52,6 +52,10 @@ class ConstantModel:
     def forward(self, batch: ForwardBatch) -> None:
         """Nothing to compute."""
 
+    @property
+    def choose(self) -> None:
+        """The sampler's own way."""
+
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         started_s = time.perf_counter()
         logits = self._logits[: len(rows)].copy()

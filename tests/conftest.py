@@ -17,6 +17,14 @@ settings.register_profile("penstock", deadline=None, print_blob=True)
 settings.load_profile("penstock")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where whatever a test loads keeps its weights: never in the home of who runs the tests."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["PENSTOCK_CACHE"] = str(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The shared real data; tests that need it are skipped where it is absent."""

@@ -49,6 +49,7 @@ TORCH_FREE = [
     "penstock.text.template",
     "penstock.engine.client",
     "penstock.engine.process",
+    "penstock.engine.worker",
     "penstock.engine.config",
     "penstock.engine.scheduler",
     "penstock.engine.batch",

@@ -51,16 +51,17 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _startup() -> list[tuple[str, str]]:
-    phases = _load("startup")["figures"]["phases"]
-    first, importing = phases["first_token_s"]["median"], phases["engine_import_s"]["median"]
+    rows = _load("startup")["figures"]["rows"]
+    what = "start of `penstock serve` to the first streamed token"
     help_ms = _load("cli_help")["figures"]["help_s"]["median"] * 1e3
     return [
-        (
-            "start of `penstock serve brook` to the first streamed token",
-            f"{first:.2f} s, of which {importing:.2f} s import torch",
-        ),
+        *((f"{what}: {row['name']}", _seconds(row["phases"]["first_token_s"])) for row in rows),
         ("`penstock --help`", f"{help_ms:.0f} ms"),
     ]
+
+
+def _seconds(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} s"
 
 
 def _overhead() -> list[tuple[str, str]]:

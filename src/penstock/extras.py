@@ -5,8 +5,8 @@ from __future__ import annotations
 from penstock.errors import ConfigError
 
 _EXTRAS = {
-    **dict.fromkeys(("torch", "numpy", "safetensors", "sentencepiece", "tokenizers"), "engine"),
-    **dict.fromkeys(("jinja2", "tqdm"), "engine"),
+    "torch": "torch",
+    **dict.fromkeys(("jinja2", "numpy", "sentencepiece", "tokenizers", "tqdm"), "engine"),
     **dict.fromkeys(("httptools", "httpx", "prometheus_client"), "serve"),
     **dict.fromkeys(("starlette", "uvicorn", "uvloop"), "serve"),
 }

@@ -1,4 +1,4 @@
-"""What this machine has: processor, cores, memory. Standard library only; Linux tells most."""
+"""What this machine has: processor, cores, memory, terminal. Standard library; Linux tells most."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 # Instruction sets that make a difference to us, as Linux names them.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+# Variable of the environment with the path of the terminal in front of which the user sits, for a
+# process of ours whose own output goes elsewhere.
+TERMINAL = "PENSTOCK_TERMINAL"
 
 
 def cpu_name() -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, final
 
-from penstock.engine.config import EngineConfig, resolve_model
+from penstock.builtin import resolve_model
+from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.errors import ConfigError, InvalidField, RequestError
 from penstock.text.stream import TextDelta, TextStream

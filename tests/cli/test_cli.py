@@ -20,6 +20,7 @@ from penstock.cli.main import COMMANDS, LazyGroup, cli
 from penstock.cli.options import Bytes
 from penstock.engine.config import EngineConfig
 from penstock.errors import InvalidField
+from penstock.native import library
 
 if TYPE_CHECKING:
     from penstock.llm import LLM
@@ -204,14 +205,16 @@ def test_errors_are_a_sentence_and_a_hint() -> None:
     assert penstock("chat", stdin="\n").stderr.startswith("error: The question is empty.")
 
 
-@pytest.mark.parametrize(("module", "extra"), [("torch", "engine"), ("httpx", "serve")])
+@pytest.mark.parametrize(
+    ("module", "extra"), [("torch", "torch"), ("numpy", "engine"), ("httpx", "serve")]
+)
 def test_a_missing_extra_is_a_sentence(module: str, extra: str, tmp_path: Path) -> None:
-    """As after `pip install penstock`: importing the module fails as if it were not there."""
+    """As after `pip install penstock`, without a compiler: no such module, no native library."""
     (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
     arguments = ["chat", "Hello!", *(["--url", "http://127.0.0.1:9"] if module == "httpx" else [])]
     done = subprocess.run(
         [sys.executable, "-m", "penstock.cli.main", *arguments],
-        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path), "PENSTOCK_NATIVE_LIBRARY": "/nowhere"},
         capture_output=True,
         text=True,
         check=False,
@@ -226,7 +229,9 @@ def test_doctor_tells_the_same_twice() -> None:
     runner = CliRunner()
     found = json.loads(runner.invoke(cli, ["doctor", "--json"]).stdout)
     assert found["packages"]["torch"].startswith("2.")
-    assert found["backends"]["reference (torch)"].startswith("runs")
+    assert found["backends"]["torch"].startswith("runs")
+    native = found["backends"]["native"]
+    assert native.startswith("cannot run: " if library.unavailable_reason() else "runs, ")
     assert "brook" in found["built-in models"]
     text = runner.invoke(cli, ["doctor"]).stdout
     for section in found:

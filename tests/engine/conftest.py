@@ -10,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `helpers_*`
 
-from helpers_tiny import Oracle, TinyModel, load_tiny, random_weights, write_checkpoint
+from helpers_tiny import Oracle, TinyModel, random_weights, write_checkpoint
+from tests.models.helpers import BACKENDS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,10 +25,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), random_weights())
 
 
-@pytest.fixture(scope="session")
-def tiny(checkpoint: Path) -> TinyModel:
-    """The checkpoint, loaded once; `tiny.core(...)` makes an engine with it in milliseconds."""
-    return load_tiny(checkpoint)
+@pytest.fixture(scope="session", params=BACKENDS)
+def tiny(checkpoint: Path, request: pytest.FixtureRequest) -> TinyModel:
+    """The checkpoint on a backend; `tiny.core(...)` makes an engine with it in milliseconds."""
+    return TinyModel(checkpoint, backend=request.param)
 
 
 @pytest.fixture(scope="session")

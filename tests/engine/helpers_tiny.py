@@ -24,10 +24,14 @@ from penstock.attention.reference import ReferenceAttention
 from penstock.engine import sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
+from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import Admission, StepPlan
 from penstock.engine.runner import Runner
 from penstock.engine.state import DeviceState
+from penstock.models.base import Model
+from penstock.models.blocks import Decoder
 from penstock.models.load import load_model
+from penstock.models.native_model import NativeModel
 from penstock.models.torch_model import TorchModel
 from penstock.types import (
     EngineInfo,
@@ -41,6 +45,7 @@ from penstock.types import (
 
 EPSILON = 1e-3  # of a logit; the logits' own spread is about 5
 EOS = 60
+POISON = 1e4
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -147,10 +152,14 @@ class NaiveLlama:
         return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
-class TinyModel(NamedTuple):
-    """The checkpoint as our loader reads it."""
+class TinyModel:
+    """The checkpoint as our loader reads it, on one backend."""
 
-    model: TorchModel
+    def __init__(self, checkpoint: Path, **options: Any) -> None:
+        """`options` are those of `load_model`."""
+        self._checkpoint = checkpoint
+        self._options = {"backend": "torch", "dtype": "float32", "num_threads": 1} | options
+        self._decoder: Decoder | None = None
 
     def core(
         self, *, max_model_len: int = 64, num_blocks: int | None = None, **settings: Any
@@ -160,11 +169,8 @@ class TinyModel(NamedTuple):
         block_size, max_num_seqs = config.block_size, config.max_num_seqs
         if num_blocks is None:
             num_blocks = 4 * -(-max_model_len // block_size)
-        kv = KVStore(2, num_blocks * block_size, 2, 8, torch.float32)
-        kv.data.fill_(1e4)  # what is read without having been written shows
         state = DeviceState(max_num_seqs, max_model_len, block_size)
-        model = TorchModel(self.model.decoder, kv, ReferenceAttention())
-        runner = Runner(model, state, (EOS,))
+        model = self._model(num_blocks * block_size)
         info = EngineInfo(
             model="tiny",
             max_model_len=max_model_len,
@@ -175,13 +181,31 @@ class TinyModel(NamedTuple):
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
         )
-        return EngineCore(config, info, runner)
+        return EngineCore(config, info, Runner(model, state, (EOS,)))
 
-
-def load_tiny(checkpoint: Path) -> TinyModel:
-    model = load_model(checkpoint, backend="torch", dtype="float32", num_blocks=1, block_size=1)
-    assert isinstance(model, TorchModel)
-    return TinyModel(model)
+    def _model(self, num_slots: int) -> Model:
+        """A model whose KV store is full of what shows if it is read without being written."""
+        if self._decoder is not None:  # of torch: its leaves know no KV store
+            kv = KVStore(2, num_slots, 2, 8, torch.float32)
+            kv.data.fill_(POISON)
+            return TorchModel(self._decoder, kv, ReferenceAttention())
+        model = load_model(
+            self._checkpoint,
+            num_slots=num_slots,
+            max_num_tokens=2048,
+            max_num_logit_rows=PROMPT_LOGPROB_ROWS,
+            **self._options,
+        )
+        if isinstance(model, TorchModel):
+            self._decoder = model.decoder
+            return self._model(num_slots)
+        assert isinstance(model, NativeModel)
+        kv = model._materials.kv
+        kinds = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+        memory = kv.data.view(kinds[kv.dtype])
+        memory[:] = {"float32": POISON, "bfloat16": 0x461C, "int8": 100}[kv.dtype]
+        kv.scales.view(np.float32)[:] = POISON / 100
+        return model
 
 
 @dataclass
@@ -212,8 +236,9 @@ class Cut(BaseException):
 def cut_at(core: EngineCore, points: Collection[int]) -> None:
     """Have steps of `core` raise `Cut` at these points, counted over all its steps.
 
-    Points lie before and behind: taking over the plan, planning the attention, the attention of
-    each layer (before which this layer's KV is not written), and noting the sampled tokens.
+    Points lie before and behind: taking over the plan, the model, its logits, noting the sampled
+    tokens; on torch also planning the attention, and the attention of each layer (before which this
+    layer's KV is not written).
     """
     numbers = itertools.count()
 
@@ -232,13 +257,11 @@ def cut_at(core: EngineCore, points: Collection[int]) -> None:
 
         setattr(owner, name, call)
 
-    attention, state = core._runner._model._attention, core._runner._state
-    for owner, name in (
-        (state, "apply"),
-        (attention, "plan"),
-        (attention, "forward"),
-        (state, "append"),
-    ):
+    model, state = core._runner._model, core._runner._state
+    guarded: list[tuple[object, str]] = [(state, "apply"), (model, "forward"), (model, "logits")]
+    if isinstance(model, TorchModel):
+        guarded += [(model._attention, "plan"), (model._attention, "forward")]
+    for owner, name in [*guarded, (state, "append")]:
         guard(owner, name)
 
 

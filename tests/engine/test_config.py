@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from penstock import builtin
-from penstock.engine.config import EngineConfig, resolve_model
+from penstock.builtin import resolve_model
+from penstock.engine.config import EngineConfig
 from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
 
@@ -26,6 +27,9 @@ def test_every_field_tells_its_flag_and_help(field: dataclasses.Field[Any]) -> N
     ("name", "value"),
     [
         ("dtype", "int3"),
+        ("backend", "mlx"),
+        ("quantization", "int5"),
+        ("kv_cache_dtype", "int4"),
         ("load_format", "pickle"),
         ("scheduling_policy", "lottery"),
         ("block_size", 0),
@@ -61,8 +65,48 @@ def test_the_pool_has_one_size() -> None:
     [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")],
 )
 def test_auto_is_what_the_checkpoint_has(stored: str, computed: str) -> None:
-    resolved = EngineConfig(model="m").resolve(max_context_len=128, checkpoint_dtype=stored)
+    resolved = resolve(checkpoint_dtype=stored)
     assert (resolved.dtype, resolved.max_model_len) == (computed, 128)
+    assert resolved.kv_cache_dtype == computed
+
+
+def resolve(
+    *, checkpoint_dtype: str = "bfloat16", native_problem: str | None = None, **settings: Any
+) -> EngineConfig:
+    return EngineConfig(model="m", **settings).resolve(
+        max_context_len=128, checkpoint_dtype=checkpoint_dtype, native_problem=native_problem
+    )
+
+
+def test_the_backend_is_native_where_it_can_be() -> None:
+    assert resolve().backend == "native"
+    assert resolve(native_problem="no library").backend == "torch"
+    assert resolve(backend="torch").backend == "torch"
+    with pytest.raises(ConfigError, match="cannot be used: no library"):
+        resolve(backend="native", native_problem="no library")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization", "int8"),
+        ("quantization", "int4-g128-a16"),
+        ("kv_cache_dtype", "int8"),
+        ("kv_cache_dtype", "float32"),
+    ],
+)
+def test_what_torch_has_not_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` is `{value}`, which only") as error:
+        resolve(backend="torch", **{name: value})
+    assert error.value.hint == "leave it out, or `--backend torch`"
+    with pytest.raises(ConfigError) as error:
+        resolve(native_problem="no library", **{name: value})
+    assert "no library" in str(error.value.hint)
+    assert getattr(resolve(**{name: value}), name) == value
+
+
+def test_a_kv_cache_of_the_models_own_type_is_no_demand() -> None:
+    assert resolve(backend="torch", kv_cache_dtype="bfloat16").kv_cache_dtype == "bfloat16"
 
 
 def test_policies_are_those_of_the_scheduler() -> None:
@@ -71,15 +115,14 @@ def test_policies_are_those_of_the_scheduler() -> None:
 
 
 def test_given_values_win() -> None:
-    config = EngineConfig(model="m", dtype="float32", max_model_len=10)
-    assert config.resolve(max_context_len=128, checkpoint_dtype="bfloat16") == config
+    given = {"dtype": "float32", "max_model_len": 10, "backend": "torch"}
+    config = EngineConfig(model="m", **given, kv_cache_dtype="float32")
+    assert resolve(**given) == config
 
 
 def test_a_model_is_not_stretched() -> None:
     with pytest.raises(ConfigError, match="`max_model_len` is `129`, more than the model's `128`"):
-        EngineConfig(model="m", max_model_len=129).resolve(
-            max_context_len=128, checkpoint_dtype="float32"
-        )
+        resolve(max_model_len=129)
 
 
 def test_a_model_is_a_directory_or_built_in(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_tiny import EOS, VOCAB, Oracle, TinyModel, run
+from tests.models.helpers import BACKENDS
 
 from penstock.engine import runner
 from penstock.engine.config import EngineConfig
@@ -338,13 +339,16 @@ def test_extreme_parameters_do_not_stop_a_step(tiny: TinyModel) -> None:
 # -- start-up ------------------------------------------------------------------------------------
 
 
-def test_from_config_is_the_whole_engine(checkpoint: Path, oracle: Oracle) -> None:
-    core = EngineCore.from_config(EngineConfig(model=str(checkpoint), max_num_seqs=4))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_config_is_the_whole_engine(backend: str, checkpoint: Path, oracle: Oracle) -> None:
+    config = EngineConfig(model=str(checkpoint), max_num_seqs=4, backend=backend)
+    core = EngineCore.from_config(config)
     assert set(core.info.startup_s) == {"import", "plan", "load", "kv", "warmup"}
     assert all(seconds >= 0 for seconds in core.info.startup_s.values())
     assert (core.info.vocab_size, core.info.max_model_len) == (VOCAB, 64)
     assert (core.info.eos_token_ids, core.info.dtype) == ((EOS,), "float32")
     assert core.info.num_blocks == 16, "four requests of 64 tokens"
+    assert core.info.plan[0].startswith(f"backend    {backend}")
     assert any("KV cache" in line for line in core.info.plan)
     assert (core.stats.num_steps, core.stats.num_blocks) == (0, 16), "warming up is not counted"
     requests = [greedy(str(index), PROMPT[index : index + 10]) for index in range(3)]
@@ -353,6 +357,12 @@ def test_from_config_is_the_whole_engine(checkpoint: Path, oracle: Oracle) -> No
         naive(oracle, request) for request in requests
     ]
     assert core.stats.last_step_s > 0
+
+
+def test_a_step_smaller_than_the_warm_up(checkpoint: Path) -> None:
+    config = EngineConfig(model=str(checkpoint), max_num_batched_tokens=1, max_num_seqs=1)
+    output = run(EngineCore.from_config(config), [greedy("a", [1, 2, 3])])["a"]
+    assert len(output.token_ids) == 6
 
 
 def test_a_context_shorter_than_the_warm_up(checkpoint: Path) -> None:
@@ -389,7 +399,8 @@ def test_a_small_model_runs_on_one_thread_unless_told(
     """Threads that wait for one another cost a small model more than they give."""
     before = torch.get_num_threads()
     try:
-        EngineCore.from_config(EngineConfig(model=str(checkpoint), num_threads=num_threads))
+        config = EngineConfig(model=str(checkpoint), num_threads=num_threads, backend="torch")
+        EngineCore.from_config(config)
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.memory import RUNTIME_BYTES, MemoryPlan, plan_memory
+from penstock.engine.memory import MemoryPlan, plan_memory
 from penstock.errors import NotEnoughMemory
+from penstock.models.footprint import NATIVE_BYTES, TORCH_BYTES
 from penstock.models.spec import ModelSpec
+from penstock.quantization.schemes import packed_bytes, scheme
 
 GIB = 2**30
 CHECKPOINT: dict[str, Any] = {
@@ -35,9 +37,11 @@ SPEC = ModelSpec.from_hf(CHECKPOINT)  # TinyLlama: 1,100,048,384 parameters
 KV_BYTES = 22 * 2 * 4 * 64 * 2  # a token in bfloat16
 
 
-def plan(available_bytes: int, **settings: Any) -> MemoryPlan:
-    config = EngineConfig(model="m", **settings)
-    resolved = config.resolve(max_context_len=SPEC.max_context_len, checkpoint_dtype="bfloat16")
+def plan(available_bytes: int, *, backend: str = "torch", **settings: Any) -> MemoryPlan:
+    config = EngineConfig(model="m", backend=backend, **settings)
+    resolved = config.resolve(
+        max_context_len=SPEC.max_context_len, checkpoint_dtype="bfloat16", native_problem=None
+    )
     return plan_memory(SPEC, resolved, available_bytes)
 
 
@@ -47,12 +51,36 @@ def test_the_arithmetic_is_shown() -> None:
     assert found.block_bytes == 16 * KV_BYTES
     assert found.num_blocks == 64 * 2048 // 16, "room for every request at full length"
     assert found.total_bytes == (
-        RUNTIME_BYTES + found.weight_bytes + found.workspace_bytes + found.kv_bytes
+        TORCH_BYTES + found.weight_bytes + found.workspace_bytes + found.kv_bytes
     )
     text = "\n".join(found.lines)
     assert "1,100,048,384 parameters x 2 bytes (bfloat16)" in text
     assert f"8,192 blocks x 16 tokens x {KV_BYTES:,} bytes" in text
     assert re.search(r"total +[\d.]+ GiB of +64.00 GiB available", text)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_the_native_backend_takes_what_it_packs(quantization: str) -> None:
+    found = plan(64 * GIB, backend="native", quantization=quantization, kv_cache_dtype="int8")
+    linear, table, _ = scheme(quantization, "bfloat16")
+    block = [(40 * 64, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
+    packed = 22 * sum(packed_bytes(linear, *shape) for shape in block)
+    packed += 2 * packed_bytes(table, 32_000, 2048)
+    assert found.weight_bytes == packed + 4 * 2048 * (2 * 22 + 1)
+    assert found.block_bytes == 16 * 22 * 2 * 4 * (64 + 4)
+    assert found.total_bytes == (
+        NATIVE_BYTES + found.weight_bytes + found.workspace_bytes + found.kv_bytes
+    )
+    text = "\n".join(found.lines)
+    assert f"in {'bfloat16' if quantization == 'none' else quantization}, packed" in text
+    assert "bytes (int8)" in text
+
+
+def test_weights_that_do_not_fit_are_to_be_quantized() -> None:
+    with pytest.raises(NotEnoughMemory) as error:
+        plan(2 * GIB, backend="native")
+    assert "`--quantization int8`" in str(error.value.hint)
+    assert plan(2 * GIB, backend="native", quantization="int8").num_blocks
 
 
 def test_a_pool_that_chooses_its_size_takes_half_of_what_is_left() -> None:

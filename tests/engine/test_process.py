@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 import penstock
 from penstock.engine.config import EngineConfig
-from penstock.engine.process import Frames, ProcessClient, frame
+from penstock.engine.process import ProcessClient
 from penstock.errors import EngineDead, InvalidField
+from penstock.protocol.frames import Frames, frame
 from penstock.types import EngineRequest, SamplingParams
 
 HERE = Path(__file__).parent

@@ -7,24 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from penstock.models.base import Model
 from penstock.models.batch import ForwardBatch
 from penstock.models.load import load_model
+from penstock.native import library
 
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        library.unavailable_reason() is not None, reason="no native library here"
+    ),
+)
+BACKENDS = ["torch", NATIVE]
 NUM_BLOCKS = 512
+MAX_TOKENS = 256
 MAX_BLOCK_SIZE = 48  # sessions of any block size that divides it share the slots of a model
 
 
-def load(path: Path, dtype: str = "float32", **options: Any) -> Model:
+def load(path: Path, dtype: str = "float32", *, backend: str = "torch", **options: Any) -> Model:
     """The model of a directory, with slots for a `Sessions`."""
     return load_model(
         path,
-        backend="torch",
+        backend=backend,
         dtype=dtype,
-        num_blocks=NUM_BLOCKS,
-        block_size=MAX_BLOCK_SIZE,
+        num_slots=NUM_BLOCKS * MAX_BLOCK_SIZE,
+        max_num_tokens=MAX_TOKENS,
+        max_num_logit_rows=MAX_TOKENS,
         **options,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from penstock.errors import ModelLoadError, UnsupportedModel, WeightMismatch
 from penstock.layers.materials import Materials
 from penstock.layers.toolkit import StoredTensor, Weight
 from penstock.layers.torch_toolkit import TorchToolkit
+from penstock.models import loader
 from penstock.models.files import read_config, read_generation_eos
 from penstock.models.loader import load_weights
 from penstock.models.registry import builder
@@ -357,3 +359,21 @@ def test_loaded_weights_are_what_the_spec_counts(tmp_path: Path) -> None:
         weights = [weight for layer in model.layers() for weight in layer.weights()]
         total = sum(math.prod(weight.shape) for weight in weights if weight.duplicate_of is None)
         assert total == spec.num_parameters
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, tensors())
+    monkeypatch.setattr(loader, "_SHOWN_AFTER_S", 0)
+    logits(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("PENSTOCK_TERMINAL", os.ttyname(theirs))
+    logits(tmp_path)
+    os.close(theirs)
+    assert b"loading weights" in os.read(ours, 10_000)
+    os.close(ours)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("PENSTOCK_TERMINAL", "/dev/pts/none")  # it has been closed
+    logits(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from tests.models.configs import CONFIGS
-from tests.models.helpers import Sessions, load
+from tests.models.helpers import BACKENDS, Sessions, load
 
 from penstock.models.base import Model
 from penstock.models.registry import ARCHITECTURES
@@ -42,8 +42,16 @@ def oracle(architecture: str, variant: str, seed: int) -> Any:
     return model
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: "-".join(variant))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(
+    request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
     seed = VARIANTS.index(request.param)
     path = tmp_path_factory.mktemp("model")
     architecture, variant = request.param
@@ -57,7 +65,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         expected = theirs(ids).logits
     names = ["a", "b", "c", "d"]
     return Case(
-        load(path),
+        load(path, backend=backend),
         dict(zip(names, ids.tolist(), strict=True)),
         dict(zip(names, expected, strict=True)),
     )
@@ -119,13 +127,13 @@ def test_every_architecture_has_a_config() -> None:
     assert len(CONFIGS["LlamaForCausalLM"]) >= 8
 
 
-def test_bfloat16_is_near(tmp_path: Path) -> None:
+def test_bfloat16_is_near(tmp_path: Path, backend: str) -> None:
     theirs = oracle("LlamaForCausalLM", "gqa", 5)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)
     tokens = torch.randint(101, (1, LEN), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         exact = theirs.float()(tokens).logits[0]
-    model = load(tmp_path, "bfloat16")
+    model = load(tmp_path, "bfloat16", backend=backend)
     sessions = Sessions(model, block_size=3)
     whole = sessions.step({"a": tokens[0].tolist()})["a"]
     single = torch.cat([sessions.step({"b": [token]})["b"] for token in tokens[0].tolist()])

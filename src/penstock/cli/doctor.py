@@ -53,16 +53,29 @@ def _machine() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str]:
+    return {"native": _native(), "torch": _torch()}
+
+
+def _native() -> str:
+    try:
+        from penstock.native import library
+    except ImportError:
+        return "cannot run: numpy is not installed; pip install penstock[engine]"
+    if reason := library.unavailable_reason():
+        return f"cannot run: {reason}"
+    found = library.load()
+    num_threads = hardware.num_usable_cores()
+    return f"runs, {library.isa_name(found.isa)}, {num_threads} threads; {found.path}"
+
+
+def _torch() -> str:
     try:
         started = time.monotonic()
         import torch
     except ImportError:
-        return {
-            "reference (torch)": "cannot run: torch is not installed; pip install penstock[engine]"
-        }
+        return "cannot run: torch is not installed; pip install penstock[torch]"
     loaded_s = time.monotonic() - started
-    state = f"runs, {torch.get_num_threads()} threads; torch loads in {loaded_s:.2f} s"
-    return {"reference (torch)": state}
+    return f"runs, {torch.get_num_threads()} threads; torch loads in {loaded_s:.2f} s"
 
 
 def _builtin_models() -> dict[str, str]:

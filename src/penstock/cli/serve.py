@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from penstock.builtin import resolve_model
 from penstock.cli.options import build, options_of
 from penstock.engine.config import EngineConfig
 from penstock.server.settings import ServerSettings
@@ -31,6 +32,11 @@ def command(model: str, as_json: bool, **options: Any) -> int:
     """Serve MODEL, a directory in Hugging Face layout or a built-in name, over HTTP."""
     config = build(EngineConfig, options, model=model)
     settings = build(ServerSettings, options)
+    resolve_model(config.model), settings.keys()  # what is wrong there is told at once
+    from penstock.engine.process import ProcessClient
+
+    # The engine loads while this process still imports; it ends with it, whatever comes.
+    engine = None if settings.engine_thread else ProcessClient(config)
     from penstock.server.run import default_model_name, serve
 
     names = settings.served_model_name or (default_model_name(config),)
@@ -41,7 +47,8 @@ def command(model: str, as_json: bool, **options: Any) -> int:
         else:
             click.echo(_banner(url, info, names[0], needs_key=bool(settings.keys())))
 
-    return serve(config, settings, banner=banner)
+    make_client = None if engine is None else lambda config: engine
+    return serve(config, settings, banner=banner, make_client=make_client)
 
 
 def _relative(program: str) -> str:

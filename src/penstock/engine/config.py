@@ -2,20 +2,22 @@
 
 Owns names, defaults, help and range checks; `penstock.cli` makes its options from the fields.
 Knows neither files nor torch nor memory; what a checkpoint says, it is told.
-Invariant: a config that `resolve` has returned has a `dtype` and a `max_model_len`.
+Invariant: a config that `resolve` has returned has a `max_model_len` and nothing that is "auto".
 """
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from penstock import builtin
 from penstock.engine.policy import POLICIES
 from penstock.errors import ConfigError
+from penstock.quantization.schemes import NAMES as QUANTIZATIONS
+from penstock.quantization.schemes import NONE
 
 DTYPES = ("auto", "float32", "bfloat16")
+BACKENDS = ("auto", "native", "torch")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 MAX_INT = 2**63 - 1  # what messages and arithmetic can take; far beyond any use
 
@@ -41,10 +43,24 @@ class EngineConfig:
         MISSING, "--model", "directory of a checkpoint, or name of a built-in model"
     )
     dtype: str = _option(
-        "auto", "--dtype", "type of weights and KV cache; auto: what the checkpoint has", DTYPES
+        "auto", "--dtype", "what is computed in; auto: what the checkpoint has", DTYPES
+    )
+    backend: str = _option(
+        "auto", "--backend", "who computes; auto: native kernels where they can, torch", BACKENDS
+    )
+    quantization: str = _option(
+        NONE, "--quantization", "format of the weights; a16: 16-bit activations", QUANTIZATIONS
+    )
+    kv_cache_dtype: str = _option(
+        "auto", "--kv-cache-dtype", "type of keys and values; auto: as --dtype", KV_CACHE_DTYPES
     )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "--load-format", "auto: safetensors; dummy: random weights", LOAD_FORMATS
+    )
+    weight_cache: str | None = _option(
+        None,
+        "--weight-cache",
+        "where quantized weights are kept; off: nowhere; default: ~/.cache/penstock/weights",
     )
     max_model_len: int | None = _number(  # at least one token in, one token out
         None, "--max-model-len", "tokens of prompt and answer together; default: the model's", 2
@@ -102,15 +118,18 @@ class EngineConfig:
         assert self.max_model_len is not None, "the config is not resolved"
         return self.max_model_len
 
-    def resolve(self, *, max_context_len: int, checkpoint_dtype: str) -> Self:
-        """This config with every open value set from what the checkpoint is.
+    def resolve(
+        self, *, max_context_len: int, checkpoint_dtype: str, native_problem: str | None
+    ) -> Self:
+        """This config with every open value set from what the checkpoint and the machine are.
 
         Args:
             max_context_len: tokens that the model was made for.
             checkpoint_dtype: of its weights; float16 becomes float32, which holds its every value.
+            native_problem: why the native backend cannot compute this model; None if it can.
 
         Raises:
-            ConfigError: `max_model_len` is more than the model was made for.
+            ConfigError: the model or the backend has not what is asked for.
         """
         max_model_len = self.max_model_len or max_context_len
         if max_model_len > max_context_len:
@@ -121,24 +140,37 @@ class EngineConfig:
         dtype = self.dtype
         if dtype == "auto":
             dtype = "float32" if checkpoint_dtype == "float16" else checkpoint_dtype
-        return replace(self, max_model_len=max_model_len, dtype=dtype)
+        backend = self.backend
+        if backend == "auto":
+            backend = "native" if native_problem is None else "torch"
+        elif backend == "native" and native_problem is not None:
+            raise ConfigError(
+                f"`backend` is `native`, which cannot be used: {native_problem}.",
+                hint="use `--backend torch`, and see `penstock doctor`",
+            )
+        kv_cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        if backend == "torch":
+            self._check_torch(dtype, kv_cache_dtype, native_problem)
+        return replace(
+            self,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            backend=backend,
+            kv_cache_dtype=kv_cache_dtype,
+        )
 
-
-def resolve_model(name: str) -> Path:
-    """The directory that `name` means: a model that ships with penstock, or a directory itself.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if name in builtin.NAMES:  # `./brook` is the directory of that name
-        return builtin.path(name)
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
-    raise ConfigError(
-        f"`model` is `{name}`, which is neither a directory nor a built-in model.",
-        hint=f"built-in: {_names(builtin.NAMES)}",
-    )
+    def _check_torch(self, dtype: str, kv_cache_dtype: str, native_problem: str | None) -> None:
+        """Refuse what only the native backend has."""
+        for name, value, has in (
+            ("quantization", self.quantization, NONE),
+            ("kv_cache_dtype", kv_cache_dtype, dtype),
+        ):
+            if value != has:
+                why = f": that backend cannot be used: {native_problem}" if native_problem else ""
+                raise ConfigError(
+                    f"`{name}` is `{value}`, which only the native backend has.",
+                    hint=f"leave it out, or `--backend torch`{why}",
+                )
 
 
 def _names(names: tuple[str, ...]) -> str:

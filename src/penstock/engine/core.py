@@ -16,9 +16,10 @@ from operator import index
 from pathlib import Path
 from typing import Any, Self, final
 
-from penstock.engine.config import EngineConfig, resolve_model
+from penstock.builtin import resolve_model
+from penstock.engine.config import EngineConfig
 from penstock.engine.kv_cache import KVCache
-from penstock.engine.memory import plan_memory
+from penstock.engine.memory import PROMPT_LOGPROB_ROWS, plan_memory
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
@@ -29,7 +30,7 @@ from penstock.engine.state import DeviceState
 from penstock.errors import ContextTooLong, InvalidField
 from penstock.hardware import available_memory_bytes
 from penstock.models.files import read_config, read_generation_eos
-from penstock.models.load import load_model, timed
+from penstock.models.load import load_model, native_problem, timed
 from penstock.models.spec import ModelSpec
 from penstock.types import (
     MAX_INT,
@@ -81,9 +82,13 @@ class EngineCore:
         path = resolve_model(config.model)
         with timed(phases, "plan"):  # before a backend is imported: what cannot be is told at once
             spec = ModelSpec.from_hf(read_config(path))
+            problem = native_problem(spec)
             config = config.resolve(
-                max_context_len=spec.max_context_len, checkpoint_dtype=spec.dtype
+                max_context_len=spec.max_context_len,
+                checkpoint_dtype=spec.dtype,
+                native_problem=problem,
             )
+            why = f": {problem}" if config.backend == "torch" and problem else ""
             memory = plan_memory(spec, config, available_memory_bytes())
             eos_token_ids = read_generation_eos(path)
         runner = _load(path, config, memory.num_blocks, eos_token_ids, phases)
@@ -96,7 +101,7 @@ class EngineCore:
             block_size=config.block_size,
             num_blocks=memory.num_blocks,
             max_num_seqs=config.max_num_seqs,
-            plan=memory.lines,
+            plan=(f"backend    {config.backend}{why}", *memory.lines),
             startup_s=phases,
         )
         return cls(config, info, runner)
@@ -160,28 +165,32 @@ def _load(
     """Load the model with its KV store and run it once; `config` is resolved."""
     model = load_model(
         path,
-        backend="torch",
+        backend=config.backend,
         dtype=config.dtype,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
+        num_slots=num_blocks * config.block_size,
+        max_num_tokens=config.max_num_batched_tokens,
+        max_num_logit_rows=max(config.max_num_seqs, PROMPT_LOGPROB_ROWS),
         num_threads=config.num_threads,
         load_format=config.load_format,
+        weight_cache=config.weight_cache,
         phases=phases,
     )
     with timed(phases, "warmup"):
         state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
         runner = Runner(model, state, eos_token_ids)
-        _warm_up(runner, config.context_len, config.block_size)
+        _warm_up(runner, config)
     return runner
 
 
-def _warm_up(runner: Runner, max_model_len: int, block_size: int) -> None:
+def _warm_up(runner: Runner, config: EngineConfig) -> None:
     """Run a prompt and a decode step in row 0 and the first blocks; leave the row free."""
-    num_tokens = min(8, max_model_len - 1)
-    block_ids = list(range(-(-(num_tokens + 1) // block_size)))
+    num_tokens = min(8, config.context_len - 1, config.max_num_batched_tokens)
+    block_ids = list(range(-(-(num_tokens + 1) // config.block_size)))
     admission = Admission(0, [0] * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0)
     runner.execute(StepPlan([Slice(0, 0, num_tokens)], [admission], [], [(0, block_ids)]))
-    if num_tokens + 2 <= max_model_len:
+    if num_tokens + 2 <= config.context_len:
         runner.execute(StepPlan([Slice(0, num_tokens, 1)], [], [], []))
     runner.execute(StepPlan([], [], [0], []))
 

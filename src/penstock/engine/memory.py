@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.attention import PIECE_LEN
 from penstock.engine.config import EngineConfig
 from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
-from penstock.models.spec import ITEM_BYTES, ModelSpec
+from penstock.hardware import num_usable_cores
+from penstock.models.footprint import Footprint, Step, on_native, on_torch
+from penstock.models.spec import ModelSpec
+from penstock.quantization.schemes import NONE
 
-RUNTIME_BYTES = 400 * 2**20  # Python, torch and its libraries, measured
 KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are held at the same time
 LOGIT_BYTES = 28  # a logit: itself, its softmax, sorted, running sums; measured with top-k
@@ -28,7 +29,7 @@ class MemoryPlan:
     weight_bytes: int
     workspace_bytes: int  # activations, logits and device state at the largest step
     kv_bytes: int  # num_blocks * block_bytes
-    total_bytes: int  # these three and `RUNTIME_BYTES`
+    total_bytes: int  # these three, and what the program itself takes
     block_bytes: int  # of one KV block over all layers
     num_blocks: int
     available_bytes: int
@@ -44,26 +45,24 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     Raises:
         NotEnoughMemory: it does not fit; the hint names a setting with which it does.
     """
-    item_bytes = ITEM_BYTES[config.dtype]
-    block_bytes = config.block_size * spec.kv_bytes_per_token(config.dtype)
-    weight_bytes = (spec.num_parameters + spec.num_copied) * item_bytes
-    workspace_bytes = _workspace_bytes(spec, config, item_bytes)
-    left_bytes = available_bytes - RUNTIME_BYTES - weight_bytes - workspace_bytes
+    block_bytes = config.block_size * spec.kv_bytes_per_token(config.kv_cache_dtype)
+    model = _footprint(spec, config)
+    workspace_bytes = model.workspace_bytes + _engine_bytes(spec, config)
+    fixed_bytes = model.runtime_bytes + model.weight_bytes + workspace_bytes
+    left_bytes = available_bytes - fixed_bytes
     num_blocks = _num_blocks(config, block_bytes, left_bytes)
     kv_bytes = num_blocks * block_bytes
-    total_bytes = RUNTIME_BYTES + weight_bytes + workspace_bytes + kv_bytes
-    copied = f" + {spec.num_copied:,} packed for the head" if spec.num_copied else ""
+    total_bytes = fixed_bytes + kv_bytes
     lines = (
-        f"weights    {_size(weight_bytes)} = {spec.num_parameters:,} parameters{copied} "
-        f"x {item_bytes} bytes ({config.dtype})",
+        f"weights    {_size(model.weight_bytes)} = {model.weights}",
         f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
         f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
-        f"runtime    {_size(RUNTIME_BYTES)} for Python and torch",
-        f"KV cache   {_size(kv_bytes)} = {num_blocks:,} blocks "
-        f"x {config.block_size} tokens x {block_bytes // config.block_size:,} bytes",
+        f"runtime    {_size(model.runtime_bytes)} for {model.runtime}",
+        f"KV cache   {_size(kv_bytes)} = {num_blocks:,} blocks x {config.block_size} tokens "
+        f"x {block_bytes // config.block_size:,} bytes ({config.kv_cache_dtype})",
         f"total      {_size(total_bytes)} of {_size(available_bytes)} available",
     )
-    sizes = (weight_bytes, workspace_bytes, kv_bytes, total_bytes, block_bytes)
+    sizes = (model.weight_bytes, workspace_bytes, kv_bytes, total_bytes, block_bytes)
     plan = MemoryPlan(*sizes, num_blocks, available_bytes, lines)
     if total_bytes > available_bytes:
         raise NotEnoughMemory(
@@ -73,17 +72,20 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     return plan
 
 
-def _workspace_bytes(spec: ModelSpec, config: EngineConfig, item_bytes: int) -> int:
-    """An upper estimate of what a step holds beside weights and KV."""
-    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    widths = 3 * spec.hidden_size + 2 * qkv + 3 * spec.intermediate_size
-    activations = config.max_num_batched_tokens * widths * item_bytes
-    # The longest row's keys and values gathered in one place, a mask and the scores of a piece.
-    gathered = 2 * spec.num_kv_heads * spec.head_dim + (1 + spec.num_heads) * PIECE_LEN
-    attention = config.context_len * gathered * 3 // 2 * item_bytes
+def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
+    """What the backend takes for the model."""
+    step = Step(config.max_num_batched_tokens, config.context_len)
+    if config.backend == "torch":
+        return on_torch(spec, config.dtype, step)
+    num_threads = config.num_threads or num_usable_cores()
+    return on_native(spec, config.dtype, config.quantization, step, num_threads)
+
+
+def _engine_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Logits and the state of requests, at the largest step."""
     logits = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS) * spec.vocab_size * LOGIT_BYTES
     state = DeviceState.bytes_for(config.max_num_seqs, config.context_len, config.block_size)
-    return activations + attention + logits + state
+    return logits + state
 
 
 def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
@@ -109,9 +111,11 @@ def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
 
 def _what_fits(config: EngineConfig, plan: MemoryPlan, left_bytes: int) -> str:
     """The setting to change so that the plan fits."""
-    if plan.weight_bytes + RUNTIME_BYTES >= plan.available_bytes:
+    if left_bytes + plan.workspace_bytes <= 0:
         if config.dtype == "float32":
             return "use `--dtype bfloat16` for half the weights, or a smaller model"
+        if config.backend == "native" and config.quantization == NONE:
+            return "use `--quantization int8` or `int4`, or a smaller model"
         return "use a smaller model: its weights alone do not fit"
     num_blocks = left_bytes // plan.block_bytes
     num_tokens = num_blocks * config.block_size

@@ -1,8 +1,7 @@
-"""An engine in a process of its own: the client, and the program that the process runs.
+"""The client of an engine in a process of its own; `engine.worker` is what that process runs.
 
-Owns the child, the socket to it and the framing: length-prefixed msgpack of typed messages, never
-pickle. The child is started by the constructor, so that it loads while its parent still imports;
-the parent never imports torch.
+Owns the child and the parent's end of the socket to it. The child is started by the constructor,
+so that it loads while its parent still imports; the parent never imports torch.
 Invariant: neither outlives the other by much. The child ends when the socket closes, whatever it
 is doing; when the child ends, every open request gets an error that says how.
 """
@@ -12,83 +11,31 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import logging
 import os
-import pkgutil
-import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import fields, replace
-from typing import IO, Any, final
+from dataclasses import fields
+from typing import IO, final
 
 import msgspec
 
+from penstock.engine import worker
 from penstock.engine.client import StreamingClient
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import Command, Core, EngineLoop, ErrorReport, Refuse, Submit, Update
-from penstock.errors import InvalidField, PenstockError
-from penstock.extras import explain
-from penstock.types import EngineInfo, EngineStats
-
-logger = logging.getLogger(__name__)
+from penstock.engine.loop import Command, ErrorReport, Submit, Update
+from penstock.engine.worker import Reply, Started, refusal
+from penstock.hardware import TERMINAL
+from penstock.protocol.frames import Frames, frame
 
 ENGINE_CORE = "penstock.engine.core:EngineCore.from_config"
 
 _EXIT_S = 5.0  # how long the child may take to end before it is killed
 _STATUS_S = 0.05  # how long a closed socket waits for the status that explains it
 _NUM_TAIL_LINES = 12
-_LENGTH = struct.Struct("<I")
-
-
-class Started(msgspec.Struct, tag=True, frozen=True):
-    """The child is ready to serve."""
-
-    info: EngineInfo
-    stats: EngineStats
-
-
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The child is about to end: the error of loading, or what stopped the engine."""
-
-    report: ErrorReport
-
-
-Reply = Started | Failed | Update
-
-_encoder = msgspec.msgpack.Encoder()
-
-
-def frame(message: object) -> bytes:
-    """A message as it goes over the socket: its length, then msgpack."""
-    payload = _encoder.encode(message)
-    return _LENGTH.pack(len(payload)) + payload
-
-
-class Frames:
-    """Cuts a stream of bytes into messages, however it arrives."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take bytes; give the messages that are complete now."""
-        buffer, start, messages = self._buffer, 0, []
-        buffer += data
-        while len(buffer) - start >= _LENGTH.size:
-            begin = start + _LENGTH.size
-            end = begin + _LENGTH.unpack_from(buffer, start)[0]
-            if len(buffer) < end:
-                break
-            messages.append(bytes(buffer[begin:end]))
-            start = end
-        del buffer[:start]
-        return messages
 
 
 @final
@@ -106,10 +53,12 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
         self._socket, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
+            arguments = [worker.__name__, str(fd), core, repr(time.monotonic())]
             self._child = subprocess.Popen(
                 # -P: `-m` would else let the working directory come before the installed packages
-                [sys.executable, "-P", "-m", __name__, str(fd), core, repr(time.monotonic())],
+                [sys.executable, "-P", "-m", *arguments],
                 pass_fds=[fd],
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -164,7 +113,7 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
         try:
             message = frame(command)
         except (TypeError, ValueError, OverflowError) as error:  # what msgpack cannot hold
-            raise _refusal(error, _unsendable(command)) from error
+            raise refusal(error, _unsendable(command)) from error
         self._transport.write(message)
 
     def _receive(self, reply: Reply) -> None:
@@ -221,8 +170,10 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
                     sys.stderr.write(text)
 
 
-def _refusal(error: Exception, field: str) -> InvalidField:
-    return InvalidField(f"The request cannot be sent to the engine: {error}.", field=field)
+def _environment() -> dict[str, str]:
+    """The child's. numpy's threads would take their time to start, and nothing needs them."""
+    terminal = {TERMINAL: os.ttyname(2)} if sys.stderr.isatty() else {}
+    return {"OPENBLAS_NUM_THREADS": "1"} | os.environ | terminal
 
 
 def _unsendable(command: Command) -> str:
@@ -231,79 +182,7 @@ def _unsendable(command: Command) -> str:
     for owner in (command.request.params, command.request):
         for field in fields(owner):
             try:
-                _encoder.encode(getattr(owner, field.name))
+                msgspec.msgpack.encode(getattr(owner, field.name))
             except (TypeError, ValueError, OverflowError):
                 return field.name
     raise AssertionError("every field can be sent")
-
-
-# --- the child's side ---
-
-
-def main(argv: list[str]) -> int:
-    """What the child runs. `argv`: file descriptor, `module:function`, monotonic time of the start.
-
-    Signals that end a server are ignored: the parent drains first, and closes the socket then.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = socket.socket(fileno=int(argv[0]))
-    messages = _messages(connection)
-    try:
-        config = msgspec.msgpack.decode(next(messages), type=EngineConfig)
-    except StopIteration:
-        return 0
-    engine = EngineLoop(lambda update: connection.sendall(frame(update)))
-    threading.Thread(target=_listen, args=(messages, engine), daemon=True).start()
-    try:
-        try:
-            make_core = pkgutil.resolve_name(argv[1])
-            process_s = time.monotonic() - float(argv[2])
-            core: Core = make_core(config)
-        except ModuleNotFoundError as error:
-            connection.sendall(frame(Failed(ErrorReport.of(explain(error)))))
-            return 1
-        except PenstockError as error:
-            connection.sendall(frame(Failed(ErrorReport.of(error))))
-            return 1
-        info = replace(core.info, startup_s={"process": process_s, **core.info.startup_s})
-        connection.sendall(frame(Started(info, core.stats)))
-        engine.run(core)
-    except ConnectionError:  # the parent is gone
-        return 0
-    except Exception as error:
-        logger.exception("The engine stopped.")
-        connection.sendall(frame(Failed(ErrorReport.of_death(error))))
-        return 1
-    return 0
-
-
-def _messages(connection: socket.socket) -> Iterator[bytes]:
-    """The messages that arrive, until the other side is gone."""
-    frames = Frames()
-    with contextlib.suppress(ConnectionError):
-        while data := connection.recv(1 << 16):
-            yield from frames.feed(data)
-
-
-def _listen(messages: Iterator[bytes], engine: EngineLoop) -> None:
-    """Take commands while the engine computes; end the process when the parent is gone."""
-    decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Command)
-    try:
-        for message in messages:
-            try:
-                command = decoder.decode(message)
-            except msgspec.ValidationError as error:
-                named = re.search(r"\$\.request\.(?:params\.)?(\w+)", str(error))
-                refusal = _refusal(error, named[1] if named else "request")
-                request_id = msgspec.msgpack.decode(message)["request"]["request_id"]
-                command = Refuse(request_id, ErrorReport.of(refusal))
-            engine.send(command)
-    except Exception:
-        logger.exception("The engine cannot read what it is told.")
-        os._exit(1)  # better no engine than a deaf one
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ class Runner:
         if not len(rows):
             return StepResult({}, {}, prompt_logprobs)
         logits = self._model.logits(batch.forward.logit_rows)
-        sampled = sampler.sample(logits, rows, state, self._eos_token_ids)
+        sampled = sampler.sample(logits, rows, state, self._eos_token_ids, self._model.choose)
         state.append(rows, sampled.token_ids)
         token_ids = {
             row: [token_id]

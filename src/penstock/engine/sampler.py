@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from penstock.engine.state import DeviceState
 from penstock.errors import InvalidField
+from penstock.models.base import Choose
 from penstock.types import SamplingParams, TokenLogprobs
 
 F32 = NDArray[np.float32]
@@ -37,7 +38,11 @@ class SampleResult(NamedTuple):
 
 
 def sample(
-    logits: F32, rows: I64, state: DeviceState, eos_token_ids: Sequence[int]
+    logits: F32,
+    rows: I64,
+    state: DeviceState,
+    eos_token_ids: Sequence[int],
+    choose: Choose | None = None,
 ) -> SampleResult:
     """The next token of each of `rows`.
 
@@ -48,16 +53,17 @@ def sample(
         logits: [L, V]; not changed.
         rows: [L] rows of `state`, without repeats.
         eos_token_ids: end-of-sequence tokens, for `min_tokens`.
+        choose: the backend's own way to choose, for rows without typical-p.
     """
     shaped = np.flatnonzero(state.constrained[rows])
     token_ids = np.empty(len(rows), np.int64)
     if len(shaped) < len(rows):
-        token_ids = _choose(logits, rows, state)
+        token_ids = _choose(logits, rows, state, choose)
     if len(shaped):
         copy = logits[shaped]
         for row_logits, row in zip(copy, rows[shaped], strict=True):
             _constrain(row_logits, int(row), state, eos_token_ids)
-        token_ids[shaped] = _choose(copy, rows[shaped], state)
+        token_ids[shaped] = _choose(copy, rows[shaped], state, choose)
 
     asked = np.flatnonzero(state.num_logprobs[rows] >= 0)
     if not len(asked):
@@ -151,12 +157,24 @@ def _constrain(logits: F32, row: int, state: DeviceState, eos_token_ids: Sequenc
 # --- the choice: all rows at once ---
 
 
-def _choose(logits: F32, rows: I64, state: DeviceState) -> I64:
+def _choose(logits: F32, rows: I64, state: DeviceState, choose: Choose | None) -> I64:
     """Greedy or drawn tokens. [L, V], [L] -> [L]"""
+    greedy = state.greedy[rows]
+    if choose is not None and not greedy.all() and (state.typical_p[rows] == 1).all():
+        return choose(
+            logits,
+            np.where(greedy, np.float32(0), state.temperature[rows]),
+            state.top_k[rows],
+            state.top_p[rows],
+            state.min_p[rows],
+            _draws(rows, state),
+        )
     token_ids: I64 = logits.argmax(axis=1)
+    if greedy.all():
+        return token_ids
     peak = logits[np.arange(len(rows)), token_ids]
     # NaN, or nothing but -inf: there is no distribution to draw from, and others must go on.
-    drawn = np.flatnonzero(~state.greedy[rows] & np.isfinite(peak))
+    drawn = np.flatnonzero(~greedy & np.isfinite(peak))
     if len(drawn) == len(rows):
         return _draw(logits, peak, rows, state)
     if len(drawn):
@@ -172,7 +190,12 @@ def _draw(logits: F32, peak: F32, rows: I64, state: DeviceState) -> I64:
     sums = _block_sums(weights)
     if _truncate(weights, sums, rows, state):
         sums = _block_sums(weights)
-    return _inverse(weights, sums, uniform(state.seed[rows], state.num_tokens[rows]))
+    return _inverse(weights, sums, _draws(rows, state))
+
+
+def _draws(rows: I64, state: DeviceState) -> F64:
+    """The random number of each row's next token. [L] -> [L]"""
+    return uniform(state.seed[rows], state.num_tokens[rows])
 
 
 def _block_sums(weights: F32) -> F64:

@@ -9,34 +9,50 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from penstock.models.base import Model
 from penstock.models.loader import LoadFormat
+from penstock.models.spec import ModelSpec
+from penstock.quantization.schemes import NONE
 
-Backend = Literal["torch"]
+
+def native_problem(spec: ModelSpec) -> str | None:
+    """Why the native backend cannot compute such a model on this machine; None if it can."""
+    from penstock.models import native_model
+
+    return native_model.unsupported(spec)
 
 
 def load_model(
     path: Path | str,
     *,
-    backend: Backend,
+    backend: str,
     dtype: str,
-    num_blocks: int,
-    block_size: int,
+    num_slots: int,
+    max_num_tokens: int,
+    max_num_logit_rows: int,
+    quantization: str = NONE,
+    kv_cache_dtype: str | None = None,
     num_threads: int | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    weight_cache: str | None = None,
     phases: dict[str, float] | None = None,
 ) -> Model:
     """Build the model of a directory, load its weights and make its KV store.
 
     Args:
-        backend: who computes.
-        dtype: of weights, activations and KV store: a key of `penstock.models.spec.ITEM_BYTES`.
-        num_blocks, block_size: the KV store has a slot for each token of each block.
+        backend: who computes: "native" or "torch".
+        dtype: of activations, and of weights without quantization: "float32" or "bfloat16".
+        num_slots: tokens that the KV store holds.
+        max_num_tokens: that a step may have.
+        max_num_logit_rows: for which `Model.logits` may be called at once.
+        quantization: one of `penstock.quantization.schemes.NAMES`; only the native backend has
+            more than "none".
+        kv_cache_dtype: of keys and values; None: `dtype`, which is what the torch backend has.
         num_threads: CPU threads of the process's backend; None: what suits the model.
         load_format: "dummy" reads config.json only and draws the weights from `seed`.
+        weight_cache: directory of quantized weights; "off": none; None: the usual one.
         phases: takes the seconds of "import", "load" and "kv".
 
     Raises:
@@ -45,13 +61,31 @@ def load_model(
         ModelLoadError: a file is missing, damaged or of a kind that is not read.
     """
     phases = {} if phases is None else phases
+    kv_cache_dtype = kv_cache_dtype or dtype
+    if backend == "native":
+        with timed(phases, "import"):
+            from penstock.models import native_model
+        return native_model.load(
+            Path(path),
+            dtype=dtype,
+            quantization=quantization,
+            kv_dtype=kv_cache_dtype,
+            num_slots=num_slots,
+            max_tokens=max_num_tokens,
+            max_logit_rows=max_num_logit_rows,
+            num_threads=num_threads,
+            load_format=load_format,
+            seed=seed,
+            weight_cache=weight_cache,
+            phases=phases,
+        )
+    assert (backend, quantization, kv_cache_dtype) == ("torch", NONE, dtype)
     with timed(phases, "import"):
-        assert backend == "torch", backend
         from penstock.models import torch_model
     return torch_model.load(
         Path(path),
         dtype=dtype,
-        num_slots=num_blocks * block_size,
+        num_slots=num_slots,
         num_threads=num_threads,
         load_format=load_format,
         seed=seed,

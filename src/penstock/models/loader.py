@@ -9,17 +9,21 @@ misshapen weights are reported in one error: their number, and the first of each
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from penstock.errors import ModelLoadError, WeightMismatch
+from penstock.hardware import TERMINAL
 from penstock.layers.toolkit import Layer, StoredTensor, Weight
 from penstock.models.files import read_json
-from penstock.models.safetensors import map_tensors, shown
+from penstock.models.safetensors import in_turn, map_tensors, shown
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -27,6 +31,7 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}  # as safetensors names them
 _NUM_TOLD = 20  # problems of one kind that an error lists
 _DUMMY_STD = 0.02
+_SHOWN_AFTER_S = 1.0
 
 
 def load_weights(
@@ -46,7 +51,7 @@ def load_weights(
     if load_format == "dummy":
         _draw(weights, seed)
     else:
-        _load(weights, [(file, _tensors(file)) for file in _weight_files(Path(path))])
+        _load(weights, [(file, _tensors(file)) for file in weight_files(Path(path))])
     del weights  # they hold memory that `finish` may give up
     for layer in layers:
         layer.finish()
@@ -76,11 +81,39 @@ def _load(weights: list[Weight], files: list[tuple[Path, list[StoredTensor]]]) -
     _check(wanted, files)
     copies = {weight.name: weight.duplicate_of for weight in weights if weight.duplicate_of}
     _compare(copies, files)
-    while files:  # a file that was loaded is unmapped before the next one
-        _, tensors = files.pop(0)
-        for tensor in tensors:
-            if tensor.name not in copies:
-                wanted[tensor.name].load(tensor)
+    with _progress(sum(tensor.data.nbytes for _, tensors in files for tensor in tensors)) as done:
+        while files:  # a file that was loaded is unmapped before the next one
+            _, tensors = files.pop(0)
+            for tensor in in_turn(tensors):
+                if tensor.name not in copies:
+                    wanted[tensor.name].load(tensor)
+                done(tensor.data.nbytes)
+
+
+@contextlib.contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """What to call with bytes that are loaded: it shows them, on a terminal, if it takes longer."""
+    with contextlib.ExitStack() as stack:
+        terminal = sys.stderr
+        if name := os.environ.get(TERMINAL):
+            with contextlib.suppress(OSError):
+                terminal = stack.enter_context(open(name, "w"))
+        if not terminal.isatty():
+            yield lambda num_bytes: None
+            return
+        from tqdm import tqdm
+
+        bar = tqdm(
+            desc="loading weights",
+            total=num_bytes,
+            unit="B",
+            unit_scale=True,
+            delay=_SHOWN_AFTER_S,
+            leave=False,
+            file=terminal,
+        )
+        with bar:
+            yield bar.update
 
 
 def _check(wanted: dict[str, Weight], files: list[tuple[Path, list[StoredTensor]]]) -> None:
@@ -149,8 +182,12 @@ def _mismatch(problems: dict[str, list[str]]) -> WeightMismatch:
     )
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, by its index if it has one."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, by its index if it has one.
+
+    Raises:
+        ModelLoadError: there are none, or some that its index names are missing.
+    """
     index = read_json(directory / _INDEX)
     if index is None:
         files = sorted(directory.glob("*.safetensors"))

@@ -11,9 +11,11 @@ from the end of the header to the end of the file, and each is as long as its sh
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,28 @@ def map_tensors(file: Path) -> list[StoredTensor]:
         StoredTensor(entry.name, entry.dtype, entry.shape, body[entry.start : entry.stop])
         for entry in entries
     ]
+
+
+def in_turn(tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+    """Mapped tensors, one after the other, for whoever is done with each when it asks for the next.
+
+    The next one is on its way from the disk while one is used, and the memory of those before it
+    is given back: what is still needed of them would be read again.
+    """
+    for tensor, following in zip(tensors, [*tensors[1:], None], strict=True):
+        if following is not None:
+            _advise(following, "MADV_WILLNEED")
+        yield tensor
+        _advise(tensor, "MADV_DONTNEED")
+
+
+def _advise(tensor: StoredTensor, advice: str) -> None:
+    """Tell the system about the pages of a tensor that is mapped and was never written to."""
+    if hasattr(mmap, advice) and tensor.data.size:
+        into_page = tensor.data.ctypes.data % mmap.PAGESIZE
+        start = ctypes.c_void_p(tensor.data.ctypes.data - into_page)
+        num_bytes = ctypes.c_size_t(tensor.data.nbytes + into_page)
+        ctypes.CDLL(None).madvise(start, num_bytes, getattr(mmap, advice))  # only ever an advice
 
 
 def _read_header(text: bytes, body_bytes: int) -> list[_Entry]:

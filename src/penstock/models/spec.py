@@ -101,27 +101,39 @@ class ModelSpec:
         return spec
 
     @property
-    def num_parameters(self) -> int:
-        """Numbers in the weights; tied tables count once."""
+    def block_matrices(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices of a block; the fused one of attention is one."""
         hidden, q_size = self.hidden_size, self.num_heads * self.head_dim
-        qkv_size = q_size + 2 * self.num_kv_heads * self.head_dim
-        attention = hidden * (qkv_size + q_size)
-        mlp = 3 * hidden * self.intermediate_size
-        if self.attention_bias:
-            attention += qkv_size + hidden
-        if self.mlp_bias:
-            mlp += 2 * self.intermediate_size + hidden
-        tables = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
-        return tables + self.num_layers * (attention + mlp + 2 * hidden) + hidden
+        return (
+            (q_size + 2 * self.num_kv_heads * self.head_dim, hidden),
+            (hidden, q_size),
+            (self.intermediate_size, hidden),  # gate
+            (self.intermediate_size, hidden),  # up
+            (hidden, self.intermediate_size),
+        )
 
     @property
-    def num_copied(self) -> int:
-        """Numbers of a tied table that its head holds once more, packed for the multiplication."""
-        return self.vocab_size * self.hidden_size if self.tied_embeddings else 0
+    def num_vector_parameters(self) -> int:
+        """Numbers in the scales of norms and in biases."""
+        qkv, output, gate, up, down = (rows for rows, _ in self.block_matrices)
+        block = 2 * self.hidden_size
+        if self.attention_bias:
+            block += qkv + output
+        if self.mlp_bias:
+            block += gate + up + down
+        return self.num_layers * block + self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the weights; tied tables count once."""
+        block = sum(rows * columns for rows, columns in self.block_matrices)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return tables + self.num_layers * block + self.num_vector_parameters
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one token takes in the KV store."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[dtype]
+        """Bytes that one token takes in the KV store; int8 has a float32 scale for each vector."""
+        vector_bytes = self.head_dim + 4 if dtype == "int8" else self.head_dim * ITEM_BYTES[dtype]
+        return self.num_layers * 2 * self.num_kv_heads * vector_bytes
 
 
 class _Reader:

@@ -61,6 +61,10 @@ class TorchModel:
         on_torch.meta = self._attention.plan(on_torch)
         self._hidden = self.decoder.forward(on_torch)
 
+    @property
+    def choose(self) -> None:
+        """The sampler's own way will do."""
+
     @torch.inference_mode()
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores of the next token, [L, V], after the tokens `rows` [L] of the last batch."""

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 import uvicorn
 import uvloop
 
+from penstock.builtin import resolve_model
 from penstock.engine.client import EngineClient
-from penstock.engine.config import EngineConfig, resolve_model
+from penstock.engine.config import EngineConfig
 from penstock.errors import ConfigError
 from penstock.server.app import create_app
 from penstock.server.connection import bounded_protocol

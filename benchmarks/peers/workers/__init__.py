@@ -1,0 +1,1 @@
+"""One engine a module: the process that holds it, in an environment of its own."""

@@ -1,0 +1,154 @@
+"""The native backend: a decoder recorded as a program, with its weights and its KV memory.
+
+Owns the making of these and the replay of a step. Imports no torch.
+Invariant: a step allocates nothing; what `logits` returns lies in the program's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import UnsupportedModel
+from penstock.layers.native_leaves import NativeMaterials
+from penstock.layers.native_toolkit import NativeToolkit
+from penstock.models.batch import ForwardBatch
+from penstock.models.blocks import Decoder
+from penstock.models.files import read_config
+from penstock.models.load import timed
+from penstock.models.loader import LoadFormat, load_weights, weight_files
+from penstock.models.registry import builder
+from penstock.models.spec import ModelSpec
+from penstock.models.weight_cache import FileState, Identity, WeightCache, directory_of
+from penstock.native import library
+from penstock.native.kv_memory import KVMemory
+from penstock.native.memory import Arena
+from penstock.native.pool import Pool
+from penstock.native.program import Part, Program
+from penstock.native.sampling import Sampler
+from penstock.native.structs import ABI_VERSION
+from penstock.quantization.schemes import scheme
+
+MAX_HEAD_DIM = 256
+# Another number for another way to quantize, or to place numbers in the arena: then nobody takes
+# what an older version has kept. `tests/models/test_weight_cache.py` knows when it is due.
+LAYOUT_VERSION = 1
+
+
+class NativeModel:
+    """Implements `Model`. The decoder is called once, to be recorded."""
+
+    def __init__(self, decoder: Decoder, materials: NativeMaterials) -> None:
+        """Record a decoder whose leaves are those of a `NativeToolkit` of these materials."""
+        self.spec = decoder.spec
+        self.program = program = materials.program
+        self._materials = materials  # the memory that the program points into
+        self._decoder = decoder
+        hidden = decoder.forward(None)
+        self._tokens = program.end_part()
+        logits = decoder.logits(hidden)
+        self._head = program.end_part()
+        self._whole = Part(0, self._tokens.num_ops + self._head.num_ops)
+        self._computed: object = None  # the rows whose logits are there
+        program.finish()
+        self._logits: NDArray[np.float32] = program.view(logits)
+        self.choose = Sampler(program.pool)
+
+    def forward(self, batch: ForwardBatch) -> None:
+        """Compute all tokens of the batch and write their keys and values.
+
+        And the logits that the batch asks for, in one go: after each replay the caches hold nothing
+        of Python's, and to come back costs up to a tenth of a millisecond.
+        """
+        self.program.set_step(batch)
+        self._computed = batch.logit_rows
+        if len(batch.logit_rows):
+            self.program.set_logit_rows(batch.logit_rows)
+            self.program.run(self._whole)
+        else:
+            self.program.run(self._tokens)
+
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores of the next token, [L, V], after the tokens `rows` [L] of the last batch."""
+        if rows is not self._computed:
+            self.program.set_logit_rows(rows)
+            self.program.run(self._head)
+            self._computed = rows
+        return self._logits[: len(rows)]
+
+
+def unsupported(spec: ModelSpec) -> str | None:
+    """Why the native backend cannot compute such a model on this machine; None if it can."""
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"heads of `{spec.head_dim}` numbers are wider than `{MAX_HEAD_DIM}`"
+    return library.unavailable_reason()
+
+
+def load(
+    path: Path,
+    *,
+    dtype: str,
+    quantization: str,
+    kv_dtype: str,
+    num_slots: int,
+    max_tokens: int,
+    max_logit_rows: int,
+    num_threads: int | None,
+    load_format: LoadFormat,
+    seed: int,
+    weight_cache: str | None,
+    phases: dict[str, float],
+) -> NativeModel:
+    """See `penstock.models.load.load_model`."""
+    spec = ModelSpec.from_hf(read_config(path))
+    if reason := unsupported(spec):
+        raise UnsupportedModel(f"The native backend cannot serve this model: {reason}.")
+    with timed(phases, "kv"):
+        kv = KVMemory(spec.num_layers, num_slots, spec.num_kv_heads, spec.head_dim, kv_dtype)
+    with timed(phases, "load"):
+        materials = NativeMaterials(
+            program=Program(Pool(library.load(), num_threads), max_tokens, max_logit_rows),
+            arena=Arena(),
+            dtype=dtype,
+            scheme=scheme(quantization, dtype),
+            kv=kv,
+        )
+        decoder = builder(spec.architecture)(spec, NativeToolkit(materials))
+        layers, memory = list(decoder.layers()), materials.arena.memory
+        kept = _kept(path, spec, materials, weight_cache) if load_format == "auto" else None
+        if kept is None:
+            load_weights(layers, path, load_format, seed)
+        elif not kept.cache.read(kept.identity, memory):
+            load_weights(layers, path)
+            kept.cache.write_behind(kept.identity, memory)
+        return NativeModel(decoder, materials)
+
+
+class _Kept(NamedTuple):
+    """Where the weights are for the next start, or will be."""
+
+    cache: WeightCache
+    identity: Identity
+
+
+def _kept(
+    path: Path, spec: ModelSpec, materials: NativeMaterials, setting: str | None
+) -> _Kept | None:
+    """What the weight cache has to do with this model; None: nothing."""
+    linear, table, _ = materials.scheme
+    directory = directory_of(setting)
+    if directory is None or linear.dtype not in {"int8", "int4"}:
+        return None  # what is not quantized is packed as fast as it is read
+    places = [LAYOUT_VERSION, ABI_VERSION, repr(spec), *materials.arena.reserved]
+    layout = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
+    form = "-".join(f"{form.dtype}g{form.group_size}" for form in (linear, table))
+    try:
+        files = tuple(FileState.of(file) for file in weight_files(path))
+    except OSError:  # the loader will say it better
+        return None
+    return _Kept(WeightCache(directory), Identity(form, layout, files))

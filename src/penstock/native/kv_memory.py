@@ -1,0 +1,43 @@
+"""The keys and values of every computed token, as the attention op reads them.
+
+Owns the memory: [layer, 2 * Hkv, slot, D], keys before values, and for int8 one scale for each
+token and head. Pages are made when they are touched. Knows neither requests nor blocks.
+"""
+
+from __future__ import annotations
+
+from penstock.native.memory import allocate
+from penstock.native.structs import DTYPES
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4  # of int8, for each vector
+
+
+class KVMemory:
+    """Keys and values of `num_slots` tokens in every layer."""
+
+    def __init__(
+        self, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: str
+    ) -> None:
+        self.num_slots = num_slots
+        self.dtype = dtype
+        num_vectors = 2 * num_kv_heads * num_slots
+        self._layer_bytes = num_vectors * head_dim * ITEM_BYTES[dtype]
+        self._scale_bytes = num_vectors * SCALE_BYTES if dtype == "int8" else 0
+        self.data = allocate(num_layers * self._layer_bytes)
+        self.scales = allocate(num_layers * self._scale_bytes)
+
+    @property
+    def dtype_id(self) -> int:
+        """As the library has it."""
+        return DTYPES[self.dtype]
+
+    def layer(self, index: int) -> int:
+        """Address of the vectors of a layer."""
+        return int(self.data.ctypes.data) + index * self._layer_bytes
+
+    def layer_scales(self, index: int) -> int | None:
+        """Address of the scales of a layer; None without any."""
+        if not self._scale_bytes:
+            return None
+        return int(self.scales.ctypes.data) + index * self._scale_bytes

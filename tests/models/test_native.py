@@ -1,0 +1,102 @@
+"""The native model in every number format: what a row is does not hang on its batch.
+
+`test_parity` compares it with transformers in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tests.models.helpers import Sessions, load
+from tests.models.test_parity import LEN, chunked, full, oracle, ragged, token_by_token
+
+from penstock.native import library
+from penstock.native.structs import Isa
+from penstock.quantization.schemes import NAMES
+
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason="no native library here"
+)
+
+VARIANTS = ["gqa", "mlp_bias", "tied"]
+FORMATS = [
+    *(("float32", name, "float32") for name in NAMES),
+    *(("bfloat16", name, "bfloat16") for name in NAMES),
+    ("bfloat16", "int8", "int8"),
+    ("bfloat16", "none", "int8"),
+    ("float32", "none", "bfloat16"),
+]
+# How far logits may lie from those of float32: a share of their spread (weights are random, which
+# quantizes worse than trained ones).
+BOUNDS = {"none": 0.05, "int8": 0.1, "int4": 0.6}
+
+Rows = dict[str, list[int]]
+Logits = dict[str, torch.Tensor]
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    rows: Rows
+    exact: Logits  # by transformers, [LEN, V]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    path = tmp_path_factory.mktemp("model")
+    theirs = oracle("LlamaForCausalLM", request.param, 3)
+    theirs.save_pretrained(path)
+    ids = torch.randint(101, (4, LEN), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = theirs(ids).logits
+    return Checkpoint(
+        path,
+        dict(zip("abcd", ids.tolist(), strict=True)),
+        dict(zip("abcd", logits, strict=True)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def isa() -> Iterator[None]:
+    """AMX adds up bfloat16 in another order from some number of rows on; its integers are exact."""
+    found = library.load()
+    before = found.isa
+    if before == Isa.AMX:
+        found.set_isa(Isa.AVX512)
+    yield
+    found.set_isa(before)
+
+
+def joined(sessions: Sessions, rows: Rows, way: Callable[[Sessions, Rows], list[Logits]]) -> Logits:
+    parts: dict[str, list[torch.Tensor]] = {}
+    for logits in way(sessions, rows):
+        for name, part in logits.items():
+            parts.setdefault(name, []).append(part)
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+@pytest.mark.parametrize(("dtype", "quantization", "kv_cache_dtype"), FORMATS)
+def test_a_row_is_the_same_in_any_batch(
+    checkpoint: Checkpoint, dtype: str, quantization: str, kv_cache_dtype: str
+) -> None:
+    """To the last bit: alone, in chunks, token by token, in company, on one thread or two."""
+    options = {"backend": "native", "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    models = [load(checkpoint.path, dtype, num_threads=number, **options) for number in (1, 2)]
+    whole = joined(Sessions(models[0], block_size=16), checkpoint.rows, full)
+    for model in models:
+        for block_size in (1, 16):
+            for way in (full, chunked, token_by_token, ragged):
+                sessions = Sessions(model, block_size=block_size)
+                for name, found in joined(sessions, checkpoint.rows, way).items():
+                    assert torch.equal(found, whole[name]), (way.__name__, name)
+    for name, found in whole.items():
+        exact = checkpoint.exact[name]
+        error = (found - exact).square().mean().sqrt() / exact.std()
+        assert error < BOUNDS[quantization.split("-")[0]], error
+        if (dtype, quantization, kv_cache_dtype) != ("float32", "none", "float32"):
+            assert error > 1e-4  # it is not fp32 in disguise
