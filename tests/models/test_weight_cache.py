@@ -47,7 +47,7 @@ LAYOUT = 1
 DIGESTS = {
     "int8": "b8e780e81b7ef4f5",
     "int4": "56aa4e83c38724b0",
-    "int4-g128": "b3b59fccc3f8c5bf",
+    "int4-g128": "a9b1cf07b77943cf",
 }
 
 

@@ -1,7 +1,9 @@
 """The keys and values of every computed token, as the attention op reads them.
 
 Owns the memory: [layer, 2 * Hkv, slot, D], keys before values, and for int8 one scale for each
-token and head. Pages are made when they are touched. Knows neither requests nor blocks.
+token and head. Knows neither requests nor blocks. Pages are made when they are touched, and are
+small: the first tokens touch every layer and head, which in huge pages took 0.5 GiB of a model of
+1 B parameters, and attention over 4,000 tokens was as fast in small ones.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ class KVMemory:
         num_vectors = 2 * num_kv_heads * num_slots
         self._layer_bytes = num_vectors * head_dim * ITEM_BYTES[dtype]
         self._scale_bytes = num_vectors * SCALE_BYTES if dtype == "int8" else 0
-        self.data = allocate(num_layers * self._layer_bytes)
-        self.scales = allocate(num_layers * self._scale_bytes)
+        self.data = allocate(num_layers * self._layer_bytes, huge_pages=False)
+        self.scales = allocate(num_layers * self._scale_bytes, huge_pages=False)
 
     @property
     def dtype_id(self) -> int:

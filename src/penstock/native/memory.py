@@ -18,7 +18,7 @@ HUGE_PAGE_BYTES = 2 * 2**20
 Bytes = NDArray[np.uint8]
 
 
-def allocate(num_bytes: int) -> Bytes:
+def allocate(num_bytes: int, *, huge_pages: bool = True) -> Bytes:
     """Zeros, [num_bytes]. They live as long as a view of them does."""
     if num_bytes < HUGE_PAGE_BYTES:
         memory = np.zeros(num_bytes + ALIGNMENT, np.uint8)
@@ -26,7 +26,7 @@ def allocate(num_bytes: int) -> Bytes:
     else:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without them: slower, not wrong
                 mapped.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(mapped, np.uint8)

@@ -45,8 +45,8 @@ _SCHEMES = {
     "int8-a16": Scheme(_INT8, _INT8, 16),
     "int4": Scheme(_INT4, _INT4, 8),
     "int4-a16": Scheme(_INT4, _INT4, 16),
-    "int4-g128": Scheme(_INT4_G128, _INT4_G128, 8),
-    "int4-g128-a16": Scheme(_INT4_G128, _INT4_G128, 16),
+    "int4-g128": Scheme(_INT4_G128, _INT8, 8),
+    "int4-g128-a16": Scheme(_INT4_G128, _INT8, 16),
 }
 NONE = "none"
 NAMES = (NONE, *_SCHEMES)
