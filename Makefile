@@ -33,17 +33,17 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@touch $@
 
 # torch is a download of its own, and needed only where the native library could not be built.
-$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.serve: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(BIN)/python
 	$(PIP) -e '.[serve]'
 	@test -e $(NATIVE) || { echo "The native library was not built (is there a C++ compiler?): installing torch."; \
 	  $(MAKE) --no-print-directory $(VENV)/.torch; }
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml constraints.txt $(NATIVE_SOURCES) $(VENV)/.torch
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.serve
 
-# The package builds its library when it is installed; this is for whoever changes csrc/.
+# The package builds its library when it is installed; this is quicker after a change in csrc/.
 $(NATIVE): $(NATIVE_SOURCES) $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 

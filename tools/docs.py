@@ -38,6 +38,43 @@ def options() -> str:
     return "\n".join(lines)
 
 
+def quantization() -> str:
+    """What each number format costs on brook: results/quantization.json."""
+    lines = [
+        "| weights (activations, KV cache) | bits a weight | KL to float32, nats | same top token "
+        "| brook's tasks |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _load("quantization")["figures"]["formats"]:
+        name = row["dtype"] if row["quantization"] == "none" else row["quantization"]
+        tasks = row["tasks"]
+        lines.append(
+            f"| {name} ({row['dtype']}, KV {row['kv_cache_dtype']}) | {_BITS[name]} "
+            f"| {row['kl_nats_mean']:.1e} | {row['same_top_token']:.2%} "
+            f"| {tasks['score']:.1%} ({tasks['low']:.1%} to {tasks['high']:.1%}) |"
+        )
+    return "\n".join(lines)
+
+
+_BITS = {
+    "float32": "32",
+    "bfloat16": "16",
+    "int8": "8",
+    "int8-a16": "8",
+    "int4": "4.125",
+    "int4-a16": "4.125",
+    "int4-g128": "4.125",
+    "int4-g128-a16": "4.125",
+}
+
+
+def peers() -> str:
+    """The comparison with other engines: results/peers.json."""
+    from benchmarks.peers import cells, report
+
+    return report.table(_load("peers")["figures"]["rows"], cells.all_titles(quick=False))
+
+
 def _default(parameter: click.Option) -> str:
     value = parameter.default
     if value in (None, (), "") or value is getattr(click.core, "UNSET", None):
@@ -132,6 +169,7 @@ def _conditions() -> str:
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "figures": ("README.md", figures),
     "options": ("docs/serving.md", options),
+    "quantization": ("docs/cpu.md", quantization),
 }
 
 
