@@ -17,8 +17,9 @@ from pathlib import Path
 from benchmarks.peers.cells import NUM_SHARING, OWN_LEN, SHARED_LEN
 from benchmarks.peers.shapes import Shape
 
-# 4 bits a weight and a 16-bit scale for every 32 of them.
-WEIGHT_BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}
+# int4: the smallest of the formats compared, 4 bits a weight and 4 for the scale of every 32
+# (llama.cpp's Q4_0 takes 4.5).
+WEIGHT_BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.125}
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,10 @@ def rows(
                     "engine": engine,
                 }
                 if engine in by_engine:
-                    found.append(
-                        head | _statistics(by_engine, engine, peer, figure, ceilings.get(name))
-                    )
+                    row = head | _statistics(by_engine, engine, peer, figure, ceilings.get(name))
+                    if engine in failed:  # after some samples
+                        row["error"] = failed[engine]
+                    found.append(row)
                 elif engine in failed:
                     found.append(head | {"error": failed[engine]})
     return found
@@ -138,6 +139,8 @@ def _entry(found: list[Row]) -> str:
     if SUBJECT in measured:
         ours = measured[SUBJECT]
         text = f"{_short(ours['median'])} {ours['unit']}"
+        if "error" in ours:
+            text += " (then it failed)"
         if "fraction_of_ceiling" in ours:
             text += f", {ours['fraction_of_ceiling']:.0%} of ceiling"
         if peer is not None:

@@ -186,7 +186,8 @@ class TestCeiling:
         )
         assert bf16["decode-128"] == pytest.approx(12.9, rel=0.02)
         assert int8["decode-128"] == pytest.approx(25.9, rel=0.02)
-        assert int4["decode-128"] == pytest.approx(46.0, rel=0.02)
+        # There with 4.5 bits a weight; our own format takes fewer.
+        assert int4["decode-128"] == pytest.approx(46.0 * 4.5 / 4.125, rel=0.02)
         assert bf16["prefill-1024"] == pytest.approx(3130, rel=0.02)
         assert bf16["prefill-2048"] == pytest.approx(3030, rel=0.02)
         assert int8["prefill-1024"] == pytest.approx(6010, rel=0.02)

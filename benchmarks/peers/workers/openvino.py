@@ -39,7 +39,11 @@ class OpenVINO(Engine):
         scheduler.max_num_batched_tokens = options.max_batched_tokens
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = True
-        properties = {"INFERENCE_NUM_THREADS": options.num_threads, **options.extra}
+        properties = {
+            "INFERENCE_NUM_THREADS": options.num_threads,
+            "CACHE_DIR": f"{options.directory}/cache",
+            **options.extra,
+        }
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             options.directory, scheduler, "CPU", properties
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from itertools import count
 from typing import Any
@@ -17,6 +18,13 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 class Penstock(Engine):
     packages = ("penstock", "torch", "numpy")
+
+    def prepare(self, options: Options) -> None:
+        # What is quantized is kept behind the first requests; later starts read it.
+        self.load(options)
+        for thread in threading.enumerate():
+            if thread.name == "weight-cache":
+                thread.join()
 
     def load(self, options: Options) -> None:
         from penstock.engine.config import EngineConfig
