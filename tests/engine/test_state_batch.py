@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.engine.batch import build_batch
+from penstock.engine.batch import StepBatch, build_batch, next_batch
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.sampler import sample
 from penstock.engine.state import DeviceState, is_constrained
@@ -27,8 +27,8 @@ def test_a_row_is_taken_grown_written_and_given_up() -> None:
     state = DeviceState(NUM_ROWS, MAX_LEN, block_size=3)
     first = admission(2, [5, 6, 7, 8], temperature=0.5, top_k=3, prompt_logprobs=0)
     state.apply(StepPlan([], [first], [], [(2, [9, 4])]))
-    state.append(np.array([2]), np.array([11]))
-    state.append(np.array([2]), np.array([12]))
+    state.append({2: 11})
+    state.append({2: 12})
     state.apply(StepPlan([], [], [], [(2, [1])]))
     assert state.token_ids[2, :6].tolist() == [5, 6, 7, 8, 11, 12]
     assert (state.num_tokens[2], state.num_prompt[2], state.num_blocks[2]) == (6, 4, 3)
@@ -167,7 +167,7 @@ def test_token_ids_become_arrays_when_the_row_is_taken() -> None:
     for _ in range(3):
         sampled = sample(np.zeros((1, 6), np.float32), np.array([0]), state, (0,))
         assert sampled.token_ids.tolist() == [2]
-        state.append(np.array([0]), sampled.token_ids)
+        state.append({0: int(sampled.token_ids[0])})
     state.apply(StepPlan([], [], [0], []))
     assert state.token_rules[0].allowed is None, "a free row holds no arrays"
     state.apply(StepPlan([], [admission(0, [1], banned_token_ids=(5,))], [], []))
@@ -242,3 +242,88 @@ def test_the_batch_is_what_a_loop_would_write(
     assert forward.context_lens == forward.context_len.tolist()
     for index, (*_, blocks) in enumerate(described):
         assert forward.block_table[index, : len(blocks)].tolist() == blocks
+
+
+def same(ours: StepBatch, wanted: StepBatch) -> None:
+    """Equal in all that is read; a block table may be wider, behind the contexts."""
+    for batch, other in ((ours.forward, wanted.forward), (ours, wanted)):
+        for field in dataclasses.fields(batch):
+            if field.name in {"forward", "block_table", "num_ahead"}:
+                continue
+            left, right = getattr(batch, field.name), getattr(other, field.name)
+            np.testing.assert_array_equal(left, right, err_msg=field.name)
+            assert getattr(left, "dtype", None) == getattr(right, "dtype", None), field.name
+    for index, end in enumerate(wanted.forward.context_lens):
+        num_blocks = -(-end // wanted.forward.block_size)
+        left, right = (batch.forward.block_table[index, :num_blocks] for batch in (ours, wanted))
+        np.testing.assert_array_equal(left, right)
+
+
+@given(st.data())
+def test_a_batch_that_moved_on_equals_one_built_anew(data: st.DataObject) -> None:
+    """Whatever happens between two steps; and it moves on whenever the same rows decode on."""
+    block_size = data.draw(st.sampled_from([1, 3, 16]))
+    state = DeviceState(NUM_ROWS, MAX_LEN, block_size)
+    pool = iter(range(10_000))
+    computed: dict[int, int] = {}  # by row in use
+    last: StepBatch | None = None
+    decoded: list[int] = []  # the rows of `last`, if each was sampled after its one token
+    num_ahead = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        change = data.draw(st.sampled_from(["none"] * 4 + ["admit", "release", "swap", "fewer"]))
+        released = [row for row in computed if change in {"release", "swap"}][:1]
+        full = [row for row in computed if state.num_tokens[row] >= MAX_LEN - 1]
+        released += [row for row in full if row not in released]
+        for row in released:
+            del computed[row]
+        free = [row for row in range(NUM_ROWS) if row not in computed]
+        admitted = []
+        for row in free if change in {"admit", "swap"} or not computed else []:
+            token_ids = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=9))
+            admitted.append(admission(row, token_ids, temperature=data.draw(st.integers(0, 1))))
+            computed[row] = 0
+        lengths = {a.row: len(a.token_ids) for a in admitted}
+        slices, new_blocks = [], []
+        for row in list(computed)[change == "fewer" and len(computed) > 1 :]:
+            start, end = computed[row], lengths.get(row, int(state.num_tokens[row]))
+            length = data.draw(st.integers(1, end - start)) if end - start > 1 else 1
+            slices.append(Slice(row, start, length))
+            num_held = 0 if row in lengths else int(state.num_blocks[row])
+            num_missing = -(-(start + length) // block_size) - num_held
+            num_missing += data.draw(st.integers(0, 1)) * (num_held + num_missing < MAX_LEN // 16)
+            if num_missing > 0:
+                new_blocks.append((row, [next(pool) for _ in range(num_missing)]))
+        plan = StepPlan(slices, admitted, released, new_blocks)
+        state.apply(plan)
+        batch = next_batch(last, plan, state)
+        same(batch, build_batch(slices, state))
+        rows = [row for row, *_ in slices]
+        stays = not admitted and not released and rows == decoded and num_ahead > 0
+        assert (batch is last) == stays
+        for row, start, length in slices:
+            computed[row] = start + length
+        state.append({row: data.draw(st.integers(0, 99)) for row in batch.sampled_rows.tolist()})
+        num_single = sum(length == 1 for _, _, length in slices)
+        decoded = rows if len(batch.sampled_rows) == num_single == len(rows) else []
+        last, num_ahead = batch, batch.num_ahead
+        if change == "none" and data.draw(st.integers(0, 9)) == 9:
+            last, decoded = None, []  # a step that came to no end
+
+
+def test_a_batch_moves_on_until_its_block_table_is_full() -> None:
+    """Then it is built anew, with columns for the next tokens."""
+    max_len = 700
+    state = DeviceState(1, max_len, 4)
+    blocks = list(range(max_len // 4))[::-1]
+    state.apply(StepPlan([], [admission(0, [1, 2, 3])], [], [(0, blocks[:1])]))
+    last: StepBatch | None = None
+    state.apply(StepPlan([], [], [], [(0, blocks[1:])]))
+    num_kept = 0
+    for position in range(2, max_len - 1):
+        plan = StepPlan([Slice(0, position, 1)], [], [], [])
+        batch = next_batch(last, plan, state)
+        same(batch, build_batch(plan.slices, state))
+        num_kept += batch is last
+        last = batch
+        state.append({0: position % 7})
+    assert max_len - 10 < num_kept < max_len - 4

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import ErrorReport
 from penstock.engine.process import ProcessClient
 from penstock.errors import EngineDead
+from penstock.protocol.reports import ErrorReport
 from penstock.server.failures import describe
 from penstock.types import EngineRequest, SamplingParams
 

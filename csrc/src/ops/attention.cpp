@@ -28,6 +28,11 @@ constexpr int64_t kSplit = 512;         // tokens of a split at the beginning of
 constexpr int64_t kTasksPerThread = 4;  // finer units would cost more than an idle end of a thread
 constexpr float kLog2E = 1.44269504f;
 
+// A chunk is fetched in portions of half a panel of keys or values, in the order of their use: about
+// as many at each stage of the chunk before as suits its time.
+constexpr int64_t kPortionRows = kPanel / 2, kPortions = 2 * kChunk / kPortionRows;
+constexpr int64_t kFetchedAtScores = 11, kFetchedAtSoftmax = 13;
+
 using Args = penstock_attention_args;
 
 int64_t size_of(int32_t dtype) { return dtype == PENSTOCK_F32 ? 4 : dtype == PENSTOCK_BF16 ? 2 : 1; }
@@ -72,6 +77,8 @@ struct Chunk {
     const void* keys[kChunk];
     const void* values[kChunk];
     int64_t slots[kChunk];
+    int64_t num_portions;
+    const float *k_scales, *v_scales;  // of the head, by slot; INT8 only
 };
 
 // A thread's memory.
@@ -214,8 +221,10 @@ public:
         }
     }
 
-    // state = the softmax over tokens [first, last) of the context.
-    void attend(int64_t first, int64_t last, const SoftmaxState& state) const {
+    // state = the softmax over tokens [first, last) of the context. While the last chunk is worked on,
+    // what gather_after(Chunk&) found is fetched, unless it says false.
+    template <typename GatherAfter>
+    void attend(int64_t first, int64_t last, const SoftmaxState& state, GatherAfter&& gather_after) const {
         std::fill_n(state.max, num_rows_, -INFINITY);
         std::fill_n(state.sums, num_rows_ * kSumLanes, 0.0f);
         std::fill_n(state.out, num_rows_ * state.out_stride, 0.0f);
@@ -223,8 +232,12 @@ public:
         Chunk* next = &space_.chunks[1];
         gather(first, last, *chunk);
         for (int64_t start = first; start < last; start += kChunk) {
-            const bool more = start + kChunk < last;
-            if (more) gather(start + kChunk, last, *next);
+            bool more = true;
+            if (start + kChunk < last) {
+                gather(start + kChunk, last, *next);
+            } else {
+                more = gather_after(*next);
+            }
             take(start, std::min(kChunk, last - start), *chunk, more ? next : nullptr, state);
             std::swap(chunk, next);
         }
@@ -245,55 +258,82 @@ public:
 
     int64_t num_rows() const { return num_rows_; }
 
-private:
-    int64_t token_of(int64_t query) const {
-        return step_.query_start[tile_.request] + tile_.first_query + query;
-    }
-
-    const float* key_scales() const { return args_.kv_scales + head_ * args_.num_slots; }
-    const float* value_scales() const { return args_.kv_scales + (args_.num_kv_heads + head_) * args_.num_slots; }
-
     // Finds up to kChunk tokens from `start`.
     void gather(int64_t start, int64_t last, Chunk& chunk) const {
         const int32_t* blocks = step_.block_table + tile_.request * step_.block_table_stride;
-        const int64_t row_bytes = args_.head_dim * size_of(args_.kv_dtype);
-        const int64_t key_slot = head_ * args_.num_slots, value_slot = (args_.num_kv_heads + head_) * args_.num_slots;
-        const char* kv = static_cast<const char*>(args_.kv);
+        const int64_t row_bytes = args_.head_dim * size_of(args_.kv_dtype), num_slots = args_.num_slots;
+        const char* keys = static_cast<const char*>(args_.kv) + head_ * num_slots * row_bytes;
+        const char* values = keys + args_.num_kv_heads * num_slots * row_bytes;
         const int64_t n = std::min(kChunk, last - start);
         int64_t block = start / step_.block_size, offset = start % step_.block_size;
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t slot = blocks[block] * step_.block_size + offset;
-            if (++offset == step_.block_size) {
-                offset = 0;
-                ++block;
+        for (int64_t i = 0; i < n; ++block, offset = 0) {
+            const int64_t slot = blocks[block] * step_.block_size + offset - i;
+            for (const int64_t end = std::min(n, i + step_.block_size - offset); i < end; ++i) {
+                chunk.keys[i] = keys + (slot + i) * row_bytes;
+                chunk.values[i] = values + (slot + i) * row_bytes;
+                chunk.slots[i] = slot + i;
             }
-            const char* key = kv + (key_slot + slot) * row_bytes;
-            const char* value = kv + (value_slot + slot) * row_bytes;
-            chunk.keys[i] = key;
-            chunk.values[i] = value;
-            chunk.slots[i] = slot;
         }
         for (int64_t i = n; i < kChunk; ++i) {
             chunk.keys[i] = chunk.values[i] = space_.zeros;
             chunk.slots[i] = chunk.slots[0];  // a finite scale, for a score that nobody sees
         }
+        chunk.num_portions = (n + kPanel - 1) / kPanel * (kPortions * kPanel / kChunk);
+        if (args_.kv_dtype != PENSTOCK_INT8) return;
+        chunk.k_scales = args_.kv_scales + head_ * num_slots;
+        chunk.v_scales = chunk.k_scales + args_.num_kv_heads * num_slots;
     }
 
-    // Asks for a quarter of the next chunk to be brought into the second cache while this one is
-    // worked on. Into the first one (no 2) it comes at half the rate: too few requests fit there.
+private:
+    int64_t token_of(int64_t query) const {
+        return step_.query_start[tile_.request] + tile_.first_query + query;
+    }
+
+    // Asks for portions [first, last) of the next chunk to be brought into the second cache while
+    // this one is worked on; a little at a time, since a processor that has asked for more lines than
+    // it can keep track of does nothing else. Into the first cache (no 2) they come at half the rate.
     // Inlined by force: gcc takes a function that only prefetches for one without effect.
-    __attribute__((always_inline)) void fetch(const Chunk* chunk, int64_t quarter) const {
+    __attribute__((always_inline)) void fetch(const Chunk* chunk, int64_t first, int64_t last) const {
         if (!chunk) return;
+        const bool scaled = args_.kv_dtype == PENSTOCK_INT8;
         const int64_t row_bytes = args_.head_dim * size_of(args_.kv_dtype);
-        for (int64_t i = quarter * kChunk / 4; i < (quarter + 1) * kChunk / 4; ++i) {
-            for (int64_t byte = 0; byte < row_bytes; byte += 64) {
-                __builtin_prefetch(static_cast<const char*>(chunk->keys[i]) + byte, 0, 2);
-                __builtin_prefetch(static_cast<const char*>(chunk->values[i]) + byte, 0, 2);
+        for (int64_t portion = first; portion < std::min(last, chunk->num_portions); ++portion) {
+            const bool of_keys = portion % 4 < 2;
+            const int64_t begin = (portion / 4 * 2 + portion % 2) * kPortionRows;
+            const void* const* rows = (of_keys ? chunk->keys : chunk->values) + begin;
+            for (int64_t i = 0; i < kPortionRows; ++i) {
+                for (int64_t byte = 0; byte < row_bytes; byte += 64) {
+                    __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
+                }
             }
-            if (args_.kv_dtype == PENSTOCK_INT8) {
-                __builtin_prefetch(key_scales() + chunk->slots[i], 0, 2);
-                __builtin_prefetch(value_scales() + chunk->slots[i], 0, 2);
+            if (!scaled) continue;
+            const float* scales = of_keys ? chunk->k_scales : chunk->v_scales;
+            for (int64_t i = 0; i < kPortionRows; ++i) __builtin_prefetch(scales + chunk->slots[begin + i], 0, 2);
+        }
+    }
+
+    // Packs a chunk's keys and values; fetches two portions of the next chunk for each of its panels.
+    void pack(int64_t num_panels, const Chunk& chunk, const Chunk* next) const {
+        const RowKernels& rows = *kernels().rows;
+        const int64_t d = args_.head_dim;
+        const int64_t format = args_.kv_dtype == PENSTOCK_INT8   ? kKvInt8
+                               : args_.kv_dtype == PENSTOCK_BF16 ? kKvBf16
+                                                                 : kKvF32;
+        const auto pack_panels = [&](auto pack_keys, auto pack_values, auto* keys, auto* values) {
+            for (int64_t panel = 0; panel < num_panels; ++panel) {
+                const int64_t token = panel * kPanel;
+                fetch(next, 2 * panel, 2 * panel + 1);
+                pack_keys(chunk.keys + token, 1, d, keys + token * d);
+                fetch(next, 2 * panel + 1, 2 * panel + 2);
+                pack_values(chunk.values + token, kPanel, d, values + token * kPanel, kChunk * kPanel);
             }
+        };
+        if (args_.dtype == PENSTOCK_F32) {
+            pack_panels(rows.pack_keys_f32[format], rows.pack_values_f32[format],
+                        reinterpret_cast<float*>(space_.keys), reinterpret_cast<float*>(space_.values));
+        } else {
+            pack_panels(rows.pack_keys_bf16[format], rows.pack_values_bf16[format],
+                        reinterpret_cast<uint16_t*>(space_.keys), reinterpret_cast<uint16_t*>(space_.values));
         }
     }
 
@@ -303,34 +343,22 @@ private:
         const bool f32 = args_.dtype == PENSTOCK_F32, scaled = args_.kv_dtype == PENSTOCK_INT8;
         const int64_t d = args_.head_dim, size = size_of(args_.dtype), num_panels = (n + kPanel - 1) / kPanel;
         const int64_t first = std::max<int64_t>(0, start - first_position_) * group_, m = num_rows_ - first;
-        const int64_t format = args_.kv_dtype == PENSTOCK_INT8   ? kKvInt8
-                               : args_.kv_dtype == PENSTOCK_BF16 ? kKvBf16
-                                                                 : kKvF32;
-        fetch(next, 0);
-        if (f32) {
-            kernel.rows->pack_keys_f32[format](chunk.keys, num_panels, d, reinterpret_cast<float*>(space_.keys));
-            kernel.rows->pack_values_f32[format](chunk.values, num_panels * kPanel, d,
-                                                 reinterpret_cast<float*>(space_.values), kChunk * kPanel);
-        } else {
-            kernel.rows->pack_keys_bf16[format](chunk.keys, num_panels, d, reinterpret_cast<uint16_t*>(space_.keys));
-            kernel.rows->pack_values_bf16[format](chunk.values, num_panels * kPanel, d,
-                                                  reinterpret_cast<uint16_t*>(space_.values), kChunk * kPanel);
-        }
-        fetch(next, 1);
+        pack(num_panels, chunk, next);
+        fetch(next, 2 * num_panels, kFetchedAtScores);
         const auto gemm = f32 ? kernel.linear.gemm_f32 : kernel.linear.gemm_bf16;
         gemm({m, num_panels, d, space_.queries + first * d * size, d, space_.keys, d * kPanel * size, space_.scores,
               kChunk, false});
-        fetch(next, 2);
+        fetch(next, kFetchedAtScores, kFetchedAtSoftmax);
         for (int64_t i = 0; i < kChunk && scaled; ++i) {
-            space_.k_scales[i] = key_scales()[chunk.slots[i]];
-            space_.v_scales[i] = value_scales()[chunk.slots[i]];
+            space_.k_scales[i] = chunk.k_scales[chunk.slots[i]];
+            space_.v_scales[i] = chunk.v_scales[chunk.slots[i]];
         }
         const SoftmaxState seen = from_row(state, first);
         const SoftmaxChunk softmax{m, group_, first_position_ + first / group_ + 1 - start, space_.scores,
                                    args_.scale * kLog2E, scaled ? space_.k_scales : nullptr,
                                    scaled ? space_.v_scales : nullptr, space_.probabilities, seen};
         (f32 ? kernel.rows->softmax_f32 : kernel.rows->softmax_bf16)(softmax);
-        fetch(next, 3);
+        fetch(next, kFetchedAtSoftmax, kPortions);
         gemm({m, width_of(args_) / kPanel, num_panels * kPanel, space_.probabilities, kChunk, space_.values,
               kChunk * kPanel * size, seen.out, seen.out_stride, true});
     }
@@ -347,25 +375,55 @@ SoftmaxState partial_of(const Shared& shared, const Tile& tile, int64_t num_rows
     return from_row(shared.partial, tile.first_row + (head * tile.num_pieces + piece) * num_rows);
 }
 
-void run_task(const Args& args, const penstock_step& step, const Workspace& space, const Shared& shared, int64_t task) {
-    const Tile* end = shared.tiles + shared.plan->num_tiles;
-    const auto after = [](int64_t value, const Tile& tile) { return value < tile.first_task; };
-    const Tile& tile = std::upper_bound(shared.tiles, const_cast<Tile*>(end), task, after)[-1];
-    const int64_t piece = (task - tile.first_task) % tile.num_pieces;
-    const int64_t head = (task - tile.first_task) / tile.num_pieces;
-    const Unit unit(args, step, space, tile, head);
-    unit.load_queries();
-    int64_t index = 0;
-    for (int64_t first = 0; first < tile.context; first = split_end(first), ++index) {
-        const int64_t last = std::min(split_end(first), tile.context);
-        if (tile.num_pieces > 1) {
-            if (index == piece) unit.attend(first, last, partial_of(shared, tile, unit.num_rows(), head, piece));
-            continue;
-        }
-        unit.attend(first, last, index == 0 ? space.whole : space.part);
-        if (index > 0) kernels().rows->merge(unit.num_rows(), space.whole, space.part);
+// What a task is: a head of a tile, or one split of it.
+struct Task {
+    Task(const Shared& shared, int64_t task)
+        : tile(find(shared, task)), head((task - tile.first_task) / tile.num_pieces),
+          piece(task - tile.first_task - head * tile.num_pieces) {
+        for (int64_t i = 0; i < piece; ++i) first = split_end(first);
     }
-    if (tile.num_pieces == 1) unit.store(space.whole);
+    static const Tile& find(const Shared& shared, int64_t task) {
+        const auto after = [](int64_t value, const Tile& tile) { return value < tile.first_task; };
+        return std::upper_bound(shared.tiles, shared.tiles + shared.plan->num_tiles, task, after)[-1];
+    }
+    int64_t last(int64_t begin) const { return std::min(split_end(begin), tile.context); }
+
+    const Tile& tile;
+    int64_t head, piece;
+    int64_t first = 0;  // token
+};
+
+// Returns the next task, which is taken as soon as its first chunk can be fetched.
+int64_t run_task(const Args& args, const penstock_step& step, const Workspace& space, const Shared& shared, Team& team,
+                 int64_t index) {
+    const Task task(shared, index);
+    const Tile& tile = task.tile;
+    const Unit unit(args, step, space, tile, task.head);
+    int64_t next = -1;
+    const auto gather_next = [&](Chunk& chunk) {
+        next = team.next(shared.plan->num_tasks);
+        if (next < 0) return false;
+        const Task other(shared, next);
+        Unit(args, step, space, other.tile, other.head).gather(other.first, other.last(other.first), chunk);
+        return true;
+    };
+    unit.load_queries();
+    if (tile.num_pieces > 1) {
+        const SoftmaxState part = partial_of(shared, tile, unit.num_rows(), task.head, task.piece);
+        unit.attend(task.first, task.last(task.first), part, gather_next);
+        return next;
+    }
+    for (int64_t first = 0; first < tile.context; first = split_end(first)) {
+        const int64_t last = task.last(first);
+        unit.attend(first, last, first == 0 ? space.whole : space.part, [&](Chunk& chunk) {
+            if (last == tile.context) return gather_next(chunk);
+            unit.gather(last, task.last(last), chunk);
+            return true;
+        });
+        if (first > 0) kernels().rows->merge(unit.num_rows(), space.whole, space.part);
+    }
+    unit.store(space.whole);
+    return next;
 }
 
 void merge_pieces(const Args& args, const penstock_step& step, const Workspace& space, const Shared& shared,
@@ -393,9 +451,7 @@ void run(const void* op_args, const penstock_step& step, Team& team) {
     memset(space.zeros, 0, args.head_dim * 4);
     team.barrier();
     const int64_t num_tasks = shared.plan->num_tasks;
-    for (int64_t task = team.next(num_tasks); task >= 0; task = team.next(num_tasks)) {
-        run_task(args, step, space, shared, task);
-    }
+    for (int64_t task = team.next(num_tasks); task >= 0;) task = run_task(args, step, space, shared, team, task);
     if (!shared.plan->has_pieces) return;
     team.barrier();
     merge_pieces(args, step, space, shared, team);

@@ -17,17 +17,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Protocol, final
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import (
-    Abort,
-    Command,
-    Core,
-    EngineLoop,
-    ErrorReport,
-    Stop,
-    Submit,
-    Update,
-)
+from penstock.engine.loop import Abort, Command, Core, EngineLoop, Stop, Submit, Update
 from penstock.errors import EngineDead, InvalidField
+from penstock.protocol.reports import ErrorReport
 from penstock.types import EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,11 @@ import msgspec
 from penstock.engine import worker
 from penstock.engine.client import StreamingClient
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import Command, ErrorReport, Submit, Update
+from penstock.engine.loop import Command, Submit, Update
 from penstock.engine.worker import Reply, Started, refusal
 from penstock.hardware import TERMINAL
 from penstock.protocol.frames import Frames, frame
+from penstock.protocol.reports import ErrorReport
 
 ENGINE_CORE = "penstock.engine.core:EngineCore.from_config"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.engine import sampler
-from penstock.engine.batch import StepBatch, build_batch
+from penstock.engine.batch import StepBatch, next_batch
 from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.state import DeviceState
@@ -26,28 +26,34 @@ class Runner:
         self._model = model
         self._state = state
         self._eos_token_ids = eos_token_ids
+        self._last: StepBatch | None = None  # the batch of the step before, if it came to its end
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the slices of `plan`; sample after those that reach the end of their row."""
         state = self._state
+        last, self._last = self._last, None
         state.apply(plan)
         if not plan.slices:
             return StepResult({}, {}, {})
-        batch = build_batch(plan.slices, state)
+        batch = next_batch(last, plan, state)
         self._model.forward(batch.forward)
-        prompt_logprobs = self._prompt_logprobs(batch)
+        prompt_logprobs = {} if batch is last else self._prompt_logprobs(batch)
         rows = batch.sampled_rows
         if not len(rows):
             return StepResult({}, {}, prompt_logprobs)
         logits = self._model.logits(batch.forward.logit_rows)
-        sampled = sampler.sample(logits, rows, state, self._eos_token_ids, self._model.choose)
-        state.append(rows, sampled.token_ids)
-        token_ids = {
-            row: [token_id]
-            for row, token_id in zip(rows.tolist(), sampled.token_ids.tolist(), strict=True)
-        }
-        logprobs = {row: [logprob] for row, logprob in sampled.logprobs.items()}
-        return StepResult(token_ids, logprobs, prompt_logprobs)
+        if batch.plain:
+            sampled = sampler.SampleResult(logits.argmax(axis=1), {})
+        else:
+            sampled = sampler.sample(logits, rows, state, self._eos_token_ids, self._model.choose)
+        token_ids = dict(zip(rows.tolist(), sampled.token_ids.tolist(), strict=True))
+        state.append(token_ids)
+        self._last = batch
+        return StepResult(
+            {row: [token_id] for row, token_id in token_ids.items()},
+            {row: [logprob] for row, logprob in sampled.logprobs.items()},
+            prompt_logprobs,
+        )
 
     def _prompt_logprobs(self, batch: StepBatch) -> dict[int, list[TokenLogprobs]]:
         """By row that asks for it: of prompt tokens start+1 .. start+length of its slice."""

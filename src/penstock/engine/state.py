@@ -75,6 +75,8 @@ class DeviceState:
         self.seed: NDArray[np.uint64] = np.zeros(rows, np.uint64)
         self.num_logprobs: NDArray[np.int32] = np.full(rows, -1, np.int32)  # -1 = none asked for
         self.constrained: NDArray[np.bool_] = np.zeros(rows, np.bool_)  # see `is_constrained`
+        # Greedy, unconstrained, no log-probabilities: the most likely token is all there is to do.
+        self.plain: NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.wants_prompt_logprobs: NDArray[np.bool_] = np.zeros(rows, np.bool_)
 
     @staticmethod
@@ -93,11 +95,12 @@ class DeviceState:
             self.block_table[row, start : start + len(block_ids)] = block_ids
             self.num_blocks[row] = start + len(block_ids)
 
-    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Write one new token for each of `rows` ([L], without repeats)."""
-        ends = self.num_tokens[rows]
-        self.token_ids[rows, ends] = token_ids
-        self.num_tokens[rows] = ends + 1
+    def append(self, token_ids: dict[int, int]) -> None:
+        """Write a new token by row: with cold caches a loop is faster than indexing with arrays."""
+        for row, token_id in token_ids.items():
+            end = self.num_tokens.item(row)
+            self.token_ids[row, end] = token_id
+            self.num_tokens[row] = end + 1
 
     def _release(self, row: int) -> None:
         self.params[row], self.token_rules[row] = None, _NO_RULES
@@ -124,6 +127,7 @@ class DeviceState:
         self.seed[row] = admission.seed & _UINT64
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.constrained[row] = is_constrained(params)
+        self.plain[row] = params.greedy and params.logprobs is None and not is_constrained(params)
         self.wants_prompt_logprobs[row] = params.prompt_logprobs is not None
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import msgspec
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import Command, Core, EngineLoop, ErrorReport, Refuse, Update
+from penstock.engine.loop import Command, Core, EngineLoop, Refuse, Update
 from penstock.errors import InvalidField, PenstockError
 from penstock.extras import explain
 from penstock.protocol.frames import frame, messages_of
+from penstock.protocol.reports import ErrorReport
 from penstock.types import EngineInfo, EngineStats
 
 logger = logging.getLogger(__name__)

@@ -85,6 +85,7 @@ class Program:
         self._values: list[Buffer] = []
         self._memory = allocate(0)
         self._ops: Any = None
+        self._pointers: dict[int, Any] = {}  # to the ops with which parts begin
         self._step = Step()
         self._step_pointer = ctypes.byref(self._step)
         self._run = pool.library.function("penstock_run")
@@ -130,6 +131,8 @@ class Program:
             for field, value in recorded.values.items():
                 setattr(recorded.args, field, start + value.offset)
             op.kind, op.args = recorded.kind, ctypes.addressof(recorded.args)
+        for part in self._parts:
+            self._pointers[part.first] = ctypes.byref(self._ops[part.first])
         rows = self._max_rows[Rows.TOKENS], self._max_rows[Rows.LOGITS]
         pool = self.pool
         self.num_bytes = size + pool.library.call(
@@ -174,7 +177,7 @@ class Program:
         Raises:
             EngineError: the library refused.
         """
-        pointer = ctypes.byref(self._ops[part.first])
+        pointer = self._pointers[part.first]
         if self._run(self.pool.handle, pointer, part.num_ops, self._step_pointer):
             raise self.pool.library.error("penstock_run")
 
