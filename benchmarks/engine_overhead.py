@@ -53,6 +53,10 @@ class ConstantModel:
         """Nothing to compute."""
 
     @property
+    def description(self) -> str:
+        return "constant"
+
+    @property
     def choose(self) -> None:
         """The sampler's own way."""
 

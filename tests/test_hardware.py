@@ -17,6 +17,38 @@ def test_available_memory_is_a_fact() -> None:
     assert 2**24 < hardware.available_memory_bytes() < 2**50
 
 
+def test_a_quota_limits_the_cores(tmp_path: Path) -> None:
+    cores, own = hardware._cgroup_cores, "0::/outer/inner\n"
+    inner = tmp_path / "outer/inner"
+    inner.mkdir(parents=True)
+    assert cores(tmp_path, own) is None
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert cores(tmp_path, own) is None
+    (inner / "cpu.max").write_text("350000 100000\n")
+    assert cores(tmp_path, own) == 3
+    (tmp_path / "outer/cpu.max").write_text("200000 100000\n")
+    assert cores(tmp_path, own) == 2, "the limits of those around it hold as well"
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert cores(tmp_path, own) == 1
+    assert cores(tmp_path, "") is None
+
+
+def test_a_container_has_its_quota_at_the_root(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert hardware._cgroup_cores(tmp_path, "0::/\n") == 2
+    assert hardware._cgroup_cores(tmp_path, "0::/not/to/be/seen\n") == 2
+
+
+def test_an_old_cgroup_has_a_quota_too(tmp_path: Path) -> None:
+    own = "12:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n3:cpuset:/\n"
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    assert hardware._cgroup_cores(tmp_path, own) is None
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("250000\n")
+    assert hardware._cgroup_cores(tmp_path, own) == 2
+
+
 def test_a_container_limits_what_is_available(tmp_path: Path) -> None:
     left = hardware._cgroup_left_bytes
     assert left(tmp_path) is None

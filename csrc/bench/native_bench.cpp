@@ -128,11 +128,15 @@ struct Bench {
     void report(const Format& format, const Shape& shape, int64_t m, double num_bytes, double work,
                 const std::vector<double>& times) {
         const double best = times[0], median = times[times.size() / 2];
-        const double peak = format.dtype == PENSTOCK_F32 ? peaks.f32 : format.activation_bits == 16 ? peaks.bf16 : peaks.int8;
+        const double peak = format.dtype == PENSTOCK_F32       ? peaks.f32
+                            : format.activation_bits == 16 ? peaks.bf16
+                                                           : peaks.int8;
         const double memory = num_bytes / peaks.bytes, compute = work / peak;
-        std::printf("%-8s %-5s m %5lld  %9.3f ms (median %9.3f)  %6.1f GB/s %4.0f %%  %7.1f GOPS %4.0f %%  roofline %4.0f %%\n",
-                    format.name, shape.name, static_cast<long long>(m), best * 1e3, median * 1e3, num_bytes / best * 1e-9,
-                    100 * memory / best, work / best * 1e-9, 100 * compute / best, 100 * std::max(memory, compute) / best);
+        std::printf("%-8s %-5s m %5lld  %9.3f ms (median %9.3f)  %6.1f GB/s %4.0f %%  "
+                    "%7.1f GOPS %4.0f %%  roofline %4.0f %%\n",
+                    format.name, shape.name, static_cast<long long>(m), best * 1e3, median * 1e3,
+                    num_bytes / best * 1e-9, 100 * memory / best, work / best * 1e-9, 100 * compute / best,
+                    100 * std::max(memory, compute) / best);
         std::fflush(stdout);
     }
 };

@@ -24,7 +24,13 @@ extern "C" {
 
 enum penstock_dtype { PENSTOCK_F32 = 0, PENSTOCK_BF16 = 1, PENSTOCK_F16 = 2, PENSTOCK_INT8 = 3, PENSTOCK_INT4 = 4 };
 
-enum penstock_isa { PENSTOCK_SCALAR = 0, PENSTOCK_AVX2 = 1, PENSTOCK_AVX512 = 2, PENSTOCK_AMX = 3, PENSTOCK_AMX_EMULATED = 4 };
+enum penstock_isa {
+    PENSTOCK_SCALAR = 0,
+    PENSTOCK_AVX2 = 1,
+    PENSTOCK_AVX512 = 2,
+    PENSTOCK_AMX = 3,
+    PENSTOCK_AMX_EMULATED = 4
+};
 
 enum penstock_op_kind {
     PENSTOCK_OP_EMBED = 0,
@@ -83,7 +89,9 @@ typedef struct penstock_weight {
 
 /* Quantizes and packs `num_source_rows` rows. Source row r becomes row
  * first_row + (r / 16) * 16 * panel_step + r % 16 of the weight; with panel_step 2, two matrices
- * interleave by panels (gate and up), and first_row is a multiple of 16. */
+ * interleave by panels (gate and up), and first_row is a multiple of 16. A row with a NaN or an
+ * infinity cannot be quantized: the call fails and names it, and the weight is not to be used. To F32
+ * and BF16 such numbers go as they are. */
 typedef struct penstock_pack_args {
     penstock_weight weight;
     const void* source;  /* [num_source_rows, num_columns] contiguous, any alignment */
@@ -165,7 +173,8 @@ typedef struct penstock_attention_args {
 } penstock_attention_args;
 
 /* Chooses one token for each of `num_rows` rows of logits; arrays are [num_rows]. Temperature 0 is
- * the most likely token (the lowest id of several), as is a row without a finite largest logit. */
+ * the most likely token (the lowest id of several), and so are one whose inverse is not finite and a
+ * row without a finite largest logit. */
 typedef struct penstock_sample_args {
     const float* logits; /* [num_rows, vocab_size] */
     int64_t stride;
@@ -196,7 +205,8 @@ PENSTOCK_API int32_t penstock_isa(void);
 PENSTOCK_API int32_t penstock_set_isa(int32_t isa);
 
 /* `num_threads` threads, the caller of penstock_run being one of them. With `cpus` (one a thread)
- * every worker is pinned, the caller is not. */
+ * every worker is pinned, the caller is not. Threads do not follow a process into a fork: there, what
+ * would need them fails, and destroying the pool does nothing. */
 PENSTOCK_API penstock_pool* penstock_pool_create(int32_t num_threads, const int32_t* cpus);
 PENSTOCK_API void penstock_pool_destroy(penstock_pool* pool);
 
@@ -206,9 +216,10 @@ PENSTOCK_API int32_t penstock_pack(penstock_pool* pool, const penstock_pack_args
 
 /* Makes the pool's scratch memory large enough for the program with up to `max_tokens` tokens and
  * `max_logit_rows` logit rows a step; returns what it holds, or -1. */
-PENSTOCK_API int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, int64_t max_tokens,
-                         int64_t max_logit_rows);
-PENSTOCK_API int32_t penstock_run(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, const penstock_step* step);
+PENSTOCK_API int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t num_ops,
+                                      int64_t max_tokens, int64_t max_logit_rows);
+PENSTOCK_API int32_t penstock_run(penstock_pool* pool, const penstock_op* ops, int64_t num_ops,
+                                  const penstock_step* step);
 PENSTOCK_API int32_t penstock_sample(penstock_pool* pool, const penstock_sample_args* args);
 
 #ifdef __cplusplus

@@ -63,7 +63,8 @@ void walk(Team& team, const void* context) {
 }
 
 // The most that any op needs.
-Scratch scratch_of(const penstock_op* ops, int64_t num_ops, int64_t num_tokens, int64_t num_logit_rows, const Pool& pool) {
+Scratch scratch_of(const penstock_op* ops, int64_t num_ops, int64_t num_tokens, int64_t num_logit_rows,
+                   const Pool& pool) {
     Scratch most;
     for (int64_t i = 0; i < num_ops; ++i) {
         const Scratch one = op_of(ops[i].kind)->scratch(ops[i].args, num_tokens, num_logit_rows, pool.num_threads());
@@ -119,12 +120,17 @@ penstock_pool* penstock_pool_create(int32_t num_threads, const int32_t* cpus) {
     try {
         return new penstock_pool(num_threads, cpus);
     } catch (const std::exception& error) {
-        set_error(error.what());
+        char message[200];
+        snprintf(message, sizeof message, "pool: the system does not give %d threads: %s", num_threads, error.what());
+        set_error(message);
         return nullptr;
     }
 }
 
-void penstock_pool_destroy(penstock_pool* pool) { delete pool; }
+void penstock_pool_destroy(penstock_pool* pool) {
+    if (!pool || pool->problem()) return;  // a fork has no threads to wait for, and its memory ends with it
+    delete pool;
+}
 
 int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, int64_t max_tokens,
                          int64_t max_logit_rows) {
@@ -147,9 +153,16 @@ int64_t penstock_reserve(penstock_pool* pool, const penstock_op* ops, int64_t nu
 }
 
 int32_t penstock_run(penstock_pool* pool, const penstock_op* ops, int64_t num_ops, const penstock_step* step) {
-    const Scratch most = scratch_of(ops, num_ops, step->num_tokens, step->num_logit_rows, *pool);
-    if (!pool->holds(most.thread_bytes, most.shared_bytes)) {
-        set_error("step: more tokens than were reserved");
+    const char* problem = pool->problem();
+    for (int64_t i = 0; i < num_ops && !problem; ++i) {
+        if (!op_of(ops[i].kind)) problem = "program: unknown op";
+    }
+    if (!problem) {
+        const Scratch most = scratch_of(ops, num_ops, step->num_tokens, step->num_logit_rows, *pool);
+        if (!pool->holds(most.thread_bytes, most.shared_bytes)) problem = "step: more tokens than were reserved";
+    }
+    if (problem) {
+        set_error(problem);
         return -1;
     }
     const Program program{ops, num_ops, step};

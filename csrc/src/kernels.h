@@ -6,6 +6,8 @@
 //
 // All matrix kernels work on panels of 16 outputs, and every output is one chain of sums in the
 // order of k, whatever m and the number of panels: a row's result does not depend on its batch.
+// One exception: AMX sums bf16 in tiles from some m on, so that in bf16 on AMX (and its emulation)
+// the last bits may depend on the number of rows, in linear ops and in attention.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +62,7 @@ struct LinearKernels {
     int64_t max_rows_i4;
 };
 
-struct RowKernels;  // rows.h: norms, rotations, activations, softmax; attention's packing
+struct RowKernels;  // rows.h: norms, rotations, softmax; sampling; attention's packing
 
 struct Kernels {
     int isa;

@@ -7,7 +7,9 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -34,15 +36,6 @@ void set_layout(penstock_weight& weight) {
     weight.data_bytes = round_up(weight.num_rows, kPanel) / kPanel * weight.panel_bytes;
 }
 
-// Adding this rounds to an integer in the lowest bits, ties to even, for |x| < 2^22.
-constexpr float kRound = 12582912.0f;
-
-uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 // x[n] from any of the source types; zeros up to `padded`.
 void read_row(const void* source, int32_t dtype, int64_t n, int64_t padded, float* x) {
     const auto* halves = static_cast<const char*>(source);
@@ -58,12 +51,11 @@ void read_row(const void* source, int32_t dtype, int64_t n, int64_t padded, floa
     std::fill(x + n, x + padded, 0.0f);
 }
 
+// The largest magnitude; NaN if there is one.
 float largest(const float* x, int64_t n) {
-    int32_t peak = 0;  // floats of one sign order like integers, and their maximum is vectorized
+    int32_t peak = 0;  // floats of one sign order like integers, NaN above all; and this is vectorized
     for (int64_t i = 0; i < n; ++i) peak = std::max(peak, static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu));
-    float result;
-    memcpy(&result, &peak, sizeof result);
-    return result;
+    return float_of(static_cast<uint32_t>(peak));
 }
 
 inline float rounded_nibble(float x) {
@@ -110,8 +102,9 @@ void encode_bf16(const float* x, int64_t k, uint16_t* out) {
     for (int64_t i = 0; i < k; ++i) out[i] = f32_to_bf16(x[i]);
 }
 
-void encode_int8(const float* x, int64_t k, uint8_t* out, float* row_scale) {
-    float scale = largest(x, k) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+// `peak` is the row's largest magnitude, finite.
+void encode_int8(const float* x, int64_t k, float peak, uint8_t* out, float* row_scale) {
+    float scale = peak / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
     if (!std::isfinite(inverse)) scale = inverse = 0.0f;  // so small that it is nothing
     *row_scale = scale;
     for (int64_t i = 0; i < k; ++i) {
@@ -121,10 +114,10 @@ void encode_int8(const float* x, int64_t k, uint8_t* out, float* row_scale) {
 }
 
 // `group_scales` [k / 32], of each half of a block.
-void encode_int4(const float* __restrict x, int64_t k, int64_t group_size, uint8_t* __restrict out,
+void encode_int4(const float* __restrict x, int64_t k, float peak, int64_t group_size, uint8_t* __restrict out,
                  uint8_t* __restrict group_scales, float* row_scale) {
     // The unit is such that the widest group has scale 15 and uses the values -7 .. 7 (or -8).
-    float unit = largest(x, k) / (15.0f * 7.5f);
+    float unit = peak / (15.0f * 7.5f);
     if (!std::isfinite(1.0f / unit)) unit = 0.0f;
     *row_scale = unit;
     for (int64_t first = 0; first < k; first += group_size) {
@@ -186,7 +179,7 @@ struct Encoder {
     std::vector<char> encoded = std::vector<char>(kPanel * row_bytes);
     std::vector<uint8_t> group_scales = std::vector<uint8_t>(k / 32);
 
-    // The row's words; scales go to where they belong in `panel`.
+    // The row's words; scales go to where they belong in `panel`. Null: not finite, and not to be quantized.
     const char* encode(const void* source, int32_t dtype, int64_t slot, int64_t row, char* panel) {
         char* out = encoded.data() + slot * row_bytes;
         read_row(source, dtype, weight.num_columns, k, x.data());
@@ -194,26 +187,45 @@ struct Encoder {
         switch (weight.format) {
             case PENSTOCK_F32: memcpy(out, x.data(), k * sizeof(float)); return out;
             case PENSTOCK_BF16: encode_bf16(x.data(), k, reinterpret_cast<uint16_t*>(out)); return out;
-            case PENSTOCK_INT8: encode_int8(x.data(), k, bytes, &weight.scales[row]); return out;
             default: break;
         }
-        encode_int4(x.data(), k, weight.group_size, bytes, group_scales.data(), &weight.scales[row]);
+        const float peak = largest(x.data(), k);
+        if (!std::isfinite(peak)) return nullptr;
+        if (weight.format == PENSTOCK_INT8) {
+            encode_int8(x.data(), k, peak, bytes, &weight.scales[row]);
+            return out;
+        }
+        encode_int4(x.data(), k, peak, weight.group_size, bytes, group_scales.data(), &weight.scales[row]);
         auto* scales = reinterpret_cast<uint8_t*>(panel) + k / kColumns * kInt4Bytes + row % kPanel;
         for (int64_t block = 0; block < k / kColumns; ++block) {
-            scales[block * kInt4ScaleBytes] = static_cast<uint8_t>(group_scales[2 * block] | group_scales[2 * block + 1] << 4);
+            const uint8_t *low = &group_scales[2 * block], *high = low + 1;
+            scales[block * kInt4ScaleBytes] = static_cast<uint8_t>(*low | *high << 4);
         }
         return out;
     }
 
     int64_t num_words() const {
-        return weight.format == PENSTOCK_INT4 ? k / 8 : k * (weight.format == PENSTOCK_F32 ? 4 : weight.format == PENSTOCK_BF16 ? 2 : 1) / 4;
+        if (weight.format == PENSTOCK_INT4) return k / 8;
+        return k * (weight.format == PENSTOCK_F32 ? 4 : weight.format == PENSTOCK_BF16 ? 2 : 1) / 4;
     }
 };
+
+struct Packing {
+    const penstock_pack_args& args;
+    mutable std::atomic<int64_t> refused_row;  // of the source: the first that is not finite; at the start, none
+};
+
+void note_smallest(std::atomic<int64_t>& smallest, int64_t value) {
+    int64_t seen = smallest.load();
+    while (value < seen && !smallest.compare_exchange_weak(seen, value)) {
+    }
+}
 
 // Two tasks never write one byte: a task is a run of 16 source rows, which meet at most two panels,
 // and different rows lie in different words.
 void pack_rows(Team& team, const void* context) {
-    const auto& args = *static_cast<const penstock_pack_args*>(context);
+    const auto& packing = *static_cast<const Packing*>(context);
+    const penstock_pack_args& args = packing.args;
     const penstock_weight& weight = args.weight;
     const int64_t source_bytes = weight.num_columns * (args.source_dtype == PENSTOCK_F32 ? 4 : 2);
     const bool as_it_is = weight.format == PENSTOCK_BF16 && args.source_dtype == PENSTOCK_BF16 &&
@@ -223,33 +235,51 @@ void pack_rows(Team& team, const void* context) {
     for (int64_t task = team.next(num_tasks); task >= 0; task = team.next(num_tasks)) {
         RowBlock block{};
         block.num_rows = std::min<int64_t>(kPanel, args.num_source_rows - task * kPanel);
-        for (int64_t r = 0; r < block.num_rows; ++r) {
+        bool complete = true;
+        for (int64_t r = 0; r < block.num_rows && complete; ++r) {
             const int64_t to = args.first_row + task * kPanel * args.panel_step + r;
             char* panel = static_cast<char*>(weight.data) + to / kPanel * weight.panel_bytes;
             const char* source = static_cast<const char*>(args.source) + (task * kPanel + r) * source_bytes;
             block.places[r] = reinterpret_cast<uint32_t*>(panel) + to % kPanel;
             block.rows[r] = as_it_is ? source : encoder.encode(source, args.source_dtype, r, to, panel);
+            complete = block.rows[r] != nullptr;
+            if (!complete) note_smallest(packing.refused_row, task * kPanel + r);
         }
-        block.store(encoder.num_words());
+        if (complete) block.store(encoder.num_words());
     }
 }
 
 }  // namespace
 
-const char* check_weight(const penstock_weight& weight) {
-    const bool quantized = weight.format == PENSTOCK_INT8 || weight.format == PENSTOCK_INT4;
-    if (weight.format != PENSTOCK_F32 && weight.format != PENSTOCK_BF16 && !quantized) return "weight: unknown format";
+namespace {
+
+bool quantized(const penstock_weight& weight) {
+    return weight.format == PENSTOCK_INT8 || weight.format == PENSTOCK_INT4;
+}
+
+// Null if there is a layout for this, else what is wrong.
+const char* check_shape(const penstock_weight& weight) {
+    if (weight.format != PENSTOCK_F32 && weight.format != PENSTOCK_BF16 && !quantized(weight)) {
+        return "weight: unknown format";
+    }
     if (weight.format == PENSTOCK_INT4 && weight.group_size != 32 && weight.group_size != 128) {
         return "weight: groups of 4-bit weights have 32 or 128 columns";
     }
     if (weight.num_rows < 1 || weight.num_columns < 1) return "weight: empty";
+    return nullptr;
+}
+
+}  // namespace
+
+const char* check_weight(const penstock_weight& weight) {
+    if (const char* problem = check_shape(weight)) return problem;
     penstock_weight right = weight;
     set_layout(right);
     if (weight.padded_columns != right.padded_columns || weight.panel_bytes != right.panel_bytes) {
         return "weight: its layout was not set";
     }
     if (!weight.data || reinterpret_cast<uintptr_t>(weight.data) % kAlignment) return "weight: data is not aligned";
-    if (quantized && !weight.scales) return "weight: no scales";
+    if (quantized(weight) && !weight.scales) return "weight: no scales";
     return nullptr;
 }
 
@@ -288,8 +318,8 @@ void unpack_row(const penstock_weight& weight, int64_t row, float* out) {
 
 extern "C" int32_t penstock_weight_layout(penstock_weight* weight) {
     using namespace penstock;
-    if (weight->num_rows < 1 || weight->num_columns < 1) {
-        set_error("weight: empty");
+    if (const char* problem = check_shape(*weight)) {
+        set_error(problem);
         return -1;
     }
     set_layout(*weight);
@@ -298,7 +328,9 @@ extern "C" int32_t penstock_weight_layout(penstock_weight* weight) {
 
 extern "C" int32_t penstock_pack(penstock_pool* pool, const penstock_pack_args* args) {
     using namespace penstock;
-    const char* problem = check_weight(args->weight);
+    const char* problem = pool->problem();
+    if (!problem) problem = check_weight(args->weight);
+    if (!problem && !args->source) problem = "pack: no source";
     const int64_t padded_rows = round_up(args->weight.num_rows, kPanel);
     const int64_t last = args->num_source_rows - 1;
     if (!problem && (args->first_row < 0 || last < 0 ||
@@ -315,6 +347,13 @@ extern "C" int32_t penstock_pack(penstock_pool* pool, const penstock_pack_args* 
         set_error(problem);
         return -1;
     }
-    pool->run(pack_rows, args);
-    return 0;
+    constexpr int64_t kNone = INT64_MAX;
+    const Packing packing{*args, kNone};
+    pool->run(pack_rows, &packing);
+    const int64_t row = packing.refused_row;
+    if (row == kNone) return 0;
+    char message[100];
+    snprintf(message, sizeof message, "row %lld of the source is not finite", static_cast<long long>(row));
+    set_error(message);
+    return -1;
 }

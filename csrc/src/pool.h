@@ -6,6 +6,8 @@
 // for when cores are scarce.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -26,7 +28,8 @@ public:
     ~Memory() { release(); }
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
-    bool reserve(int64_t num_bytes);  // contents are lost when it grows; false: out of memory
+    // Contents are lost when it grows. False: out of memory, and what was there stays.
+    bool reserve(int64_t num_bytes);
     char* data() const { return data_; }
     int64_t size() const { return size_; }
 
@@ -61,8 +64,14 @@ class Pool {
 public:
     using Job = void (*)(Team&, const void*);
 
-    Pool(int num_threads, const int32_t* cpus);
+    // About 50 us: longer than the gap between two ops or two steps, much shorter than a time slice.
+    static constexpr int kSpins = 2000;
+
+    // Throws std::system_error when the system refuses a thread; none is left behind then.
+    Pool(int num_threads, const int32_t* cpus, int num_spins = kSpins);
     ~Pool();
+    // Null if jobs can be run, else why not: threads do not follow a process into its fork.
+    const char* problem() const;
     void run(Job job, const void* context);
     bool reserve(int64_t thread_bytes, int64_t shared_bytes);
     bool holds(int64_t thread_bytes, int64_t shared_bytes) const;
@@ -72,8 +81,12 @@ public:
 private:
     friend class Team;
     void work(int thread, int cpu);
+    void wait_while(const std::atomic<uint32_t>& value, uint32_t old) const;
+    void stop();
 
     const int num_threads_;
+    const int num_spins_;  // of a waiting thread before it sleeps
+    const pid_t process_;
     std::vector<std::thread> workers_;
     std::vector<Team> teams_;
     std::unique_ptr<Memory[]> thread_memory_;

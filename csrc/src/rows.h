@@ -1,4 +1,4 @@
-// Kernels over rows: norms, rotations, activations, softmax, and the packing of attention.
+// Kernels over rows: norms, rotations, softmax, what sampling needs, and the packing of attention.
 //
 // Every function's result depends on its arguments alone, sums being taken in an order that their
 // length fixes. Between instruction sets the order, and so the last bits, differ.
@@ -52,8 +52,6 @@ struct RowKernels {
     void (*rope_f32)(const float* angles, float* x, int64_t num_heads, int64_t half);
     void (*rope_bf16)(const float* angles, uint16_t* x, int64_t num_heads, int64_t half);
     void (*exp)(const float* x, float* out, int64_t n);
-    // out = gate / (1 + exp(-gate)) * up; out may be gate or up.
-    void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
     void (*f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
     void (*bf16_to_f32)(const uint16_t* x, float* out, int64_t n);
     // Index of the first NaN, else of the first of the largest; n > 0.

@@ -6,7 +6,7 @@ run() {
     name=$1 compiler=$2 sanitize=$3
     echo "== $name"
     cmake -S "$root/csrc" -B "$root/build/$name" -G Ninja -DCMAKE_CXX_COMPILER="$compiler" \
-        -DPENSTOCK_SANITIZE="$sanitize" >/dev/null
+        -DPENSTOCK_SANITIZE="$sanitize" -DPENSTOCK_WERROR=ON >/dev/null
     cmake --build "$root/build/$name" --target native_tests penstock_native
     (cd "$root/build/$name" && ctest --output-on-failure)
 }

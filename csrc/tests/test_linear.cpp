@@ -18,6 +18,7 @@
 #include "ops.h"
 #include "pack.h"
 #include "penstock_native.h"
+#include "poison.h"
 
 namespace {
 
@@ -29,8 +30,10 @@ const int64_t kRowCounts[] = {1, 2, 3, 5, 7, 16, 17, 33, 64, 130};
 // Memory of exactly the asked size, so that a sanitizer sees every byte too many.
 template <typename T>
 struct Buffer {
-    explicit Buffer(int64_t count) : size(count), data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
-        memset(data, 0, (count * sizeof(T) + 63) / 64 * 64);
+    explicit Buffer(int64_t count) : size(count) {
+        const size_t num_bytes = (count * sizeof(T) + 63) / 64 * 64;
+        data = static_cast<T*>(std::aligned_alloc(64, num_bytes));
+        memset(data, 0, num_bytes);
     }
     ~Buffer() { std::free(data); }
     Buffer(const Buffer&) = delete;
@@ -116,7 +119,8 @@ struct Case {
         CHECK(penstock_set_isa(isa) == 0);
         const penstock_weight& w = packed.weight;
         const int64_t tokens = logits ? num_tokens() : count;
-        Buffer<float> x_data((tokens * x_stride + 1) / (x_floats ? 1 : 2)), y_data((count * y_stride + 1) / (y_floats ? 1 : 2));
+        Buffer<float> x_data((tokens * x_stride + 1) / (x_floats ? 1 : 2));
+        Buffer<float> y_data((count * y_stride + 1) / (y_floats ? 1 : 2));
         for (int64_t t = 0; t < tokens; ++t) {
             for (int64_t i = 0; i < w.num_columns; ++i) {
                 const float value = x[(logits ? t : first + t) * w.num_columns + i];
@@ -131,6 +135,7 @@ struct Case {
                                   static_cast<int32_t>(num_outputs)};
         const penstock_op op{PENSTOCK_OP_LINEAR, &args};
         CHECK(penstock_reserve(pools[threads], &op, 1, tokens, count) > 0, "%s", penstock_last_error());
+        poison(*pools[threads], linear_op.scratch(&args, tokens, count, threads));
         penstock_step step{};
         step.num_tokens = tokens;
         step.num_logit_rows = count;
@@ -140,7 +145,8 @@ struct Case {
         for (int64_t i = 0; i < count; ++i) {
             for (int64_t n = 0; n < num_outputs; ++n) {
                 const int64_t at = i * y_stride + n;
-                y[i * num_outputs + n] = y_floats ? y_data[at] : bf16_to_f32(reinterpret_cast<uint16_t*>(y_data.data)[at]);
+                const auto* halves = reinterpret_cast<const uint16_t*>(y_data.data);
+                y[i * num_outputs + n] = y_floats ? y_data[at] : bf16_to_f32(halves[at]);
             }
         }
         return y;
@@ -179,22 +185,26 @@ void check_floats(const Case& c, const std::vector<float>& weights, const std::v
             }
             if (!c.y_floats) allowed += std::fabs(e.value) * 0x1p-8;
             const float got = y[i * c.num_outputs + n];
-            CHECK(std::fabs(got - e.value) <= allowed + 1e-30, "%s m %lld row %lld output %lld: %.9g, not %.9g (+- %.3g)", what,
-                  static_cast<long long>(c.m), static_cast<long long>(i), static_cast<long long>(n), got, e.value, allowed);
+            CHECK(std::fabs(got - e.value) <= allowed + 1e-30,
+                  "%s m %lld row %lld output %lld: %.9g, not %.9g (+- %.3g)", what, static_cast<long long>(c.m),
+                  static_cast<long long>(i), static_cast<long long>(n), got, e.value, allowed);
         }
     }
 }
 
-bool same_bits(const std::vector<float>& a, const float* b) { return memcmp(a.data(), b, a.size() * sizeof(float)) == 0; }
+bool same_bits(const std::vector<float>& a, const float* b) {
+    return memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
+}
 
 // A row alone, and in a batch of other sizes, has the same bits as in this batch.
 void check_alone(const Case& c, const std::vector<float>& y, int isa, const std::string& what) {
-    const bool tiles = isa == PENSTOCK_AMX || isa == PENSTOCK_AMX_EMULATED;
+    const bool in_bf16 = c.format.activation_bits == 16 && c.format.dtype != PENSTOCK_F32;
+    const bool tiles = in_bf16 && (isa == PENSTOCK_AMX || isa == PENSTOCK_AMX_EMULATED);
     const int64_t parts[][2] = {{0, 1}, {c.m / 2, 1}, {c.m - 1, 1}, {0, (c.m + 1) / 2}, {c.m / 3, (c.m + 2) / 3}};
     for (const auto& [first, count] : parts) {
-        // The processor's tiles may sum bf16 in another order than the kernel for few rows.
-        if (tiles && isa == PENSTOCK_AMX && count < 4 && c.format.activation_bits == 16) continue;
         const int64_t rows = first + count > c.m ? c.m - first : count;
+        // Tiles sum bf16 in another order than the kernel for few rows.
+        if (tiles && (rows < 4) != (c.m < 4)) continue;
         const std::vector<float> alone = c.run(isa, 1, first, rows);
         CHECK(same_bits(alone, &y[first * c.num_outputs]), "%s: rows %lld + %lld differ alone", what.c_str(),
               static_cast<long long>(first), static_cast<long long>(rows));
@@ -216,9 +226,9 @@ void test_products() {
             for (int isa = 0; isa < 5; ++isa) {
                 if (!(penstock_available_isas() >> isa & 1)) continue;
                 const int threads = static_cast<int>(1 + pick(4));
-                const std::string what = std::string(format.name) + " " + kIsaNames[isa] + " m " + std::to_string(m) + " [" +
-                                         std::to_string(shape[0]) + ", " + std::to_string(shape[1]) + "] threads " +
-                                         std::to_string(threads);
+                const std::string what = std::string(format.name) + " " + kIsaNames[isa] + " m " + std::to_string(m) +
+                                         " [" + std::to_string(shape[0]) + ", " + std::to_string(shape[1]) +
+                                         "] threads " + std::to_string(threads);
                 const std::vector<float> y = c.run(isa, threads, 0, m);
                 if (format.activation_bits == 8) {
                     CHECK(same_bits(y, oracle.data()), "%s: differs from the oracle", what.c_str());
@@ -239,13 +249,14 @@ void test_long_rows() {
         for (int64_t row = 0; row < 48; ++row) unpack_row(packed.weight, row, &weights[row * 4288]);
         for (const int64_t m : {1, 14, 40}) {
             const Case c(packed, format, m);
-            const std::vector<float> oracle = c.run(PENSTOCK_AVX512, 1, 0, m);
+            const std::vector<float> oracle = c.run(PENSTOCK_SCALAR, 1, 0, m);
             for (int isa = 1; isa < 5; ++isa) {
                 if (!(penstock_available_isas() >> isa & 1)) continue;
+                const std::string what = std::string(format.name) + " " + kIsaNames[isa] + " long";
                 const std::vector<float> y = c.run(isa, 2, 0, m);
-                if (format.activation_bits == 8) CHECK(same_bits(y, oracle.data()), "%s %s long", format.name, kIsaNames[isa]);
-                else check_floats(c, weights, y, (std::string(format.name) + " long").c_str());
-                if (isa == PENSTOCK_AVX512) check_alone(c, y, isa, std::string(format.name) + " long");
+                if (format.activation_bits == 8) CHECK(same_bits(y, oracle.data()), "%s", what.c_str());
+                else check_floats(c, weights, y, what.c_str());
+                check_alone(c, y, isa, what);
             }
         }
     }
@@ -268,7 +279,8 @@ void test_quantized_activations() {
             double magnitude = 0;
             for (int64_t k = 0; k < 200; ++k) magnitude += std::fabs(weights[n * 200 + k]);
             const Exact e = product(c, weights, c.source_row(i), n);
-            CHECK(std::fabs(y[i * 40 + n] - e.value) <= magnitude * peak / 254 * 1.001 + 1e-4, "%g, not %g", y[i * 40 + n], e.value);
+            const double got = y[i * 40 + n];
+            CHECK(std::fabs(got - e.value) <= magnitude * peak / 254 * 1.001 + 1e-4, "%g, not %g", got, e.value);
         }
     }
 }
@@ -317,7 +329,8 @@ void test_pack_places() {
         std::vector<float> out(70);
         unpack_row(w, row, out.data());
         const int64_t panel = row / 16, expected = panel % 2 * 100 + panel / 2 * 16 + row % 16;
-        CHECK(out[0] == static_cast<float>(expected) && out[69] == out[0], "row %lld: %g", static_cast<long long>(row), out[0]);
+        CHECK(out[0] == static_cast<float>(expected) && out[69] == out[0], "row %lld: %g",
+              static_cast<long long>(row), out[0]);
     }
     for (int64_t k = 70; k < 128; ++k) {
         CHECK(reinterpret_cast<uint16_t*>(data.data)[(k / 2 * 16 + 3) * 2 + k % 2] == 0);
@@ -357,13 +370,10 @@ void test_refusals() {
     CHECK(penstock_reserve(pools[1], &unknown, 1, 4, 4) < 0);
     const penstock_op op{PENSTOCK_OP_LINEAR, &good};
     penstock_step step{};
+    CHECK(penstock_run(pools[1], &unknown, 1, &step) < 0);
     step.num_tokens = 1 << 24;  // more than was reserved
     CHECK(penstock_run(pools[1], &op, 1, &step) < 0);
     CHECK(penstock_set_isa(17) < 0);
-    penstock_pack_args pack{packed.weight, packed.source.data(), PENSTOCK_F32, 1, 16, 48};
-    CHECK(penstock_pack(pools[1], &pack) < 0);
-    pack = {packed.weight, packed.source.data(), PENSTOCK_INT8, 1, 0, 48};
-    CHECK(penstock_pack(pools[1], &pack) < 0);
 }
 
 }  // namespace

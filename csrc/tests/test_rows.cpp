@@ -43,18 +43,6 @@ double value_of(uint16_t x) { return bf16_to_f32(x); }
 double rounding(float) { return 0x1p-24; }
 double rounding(uint16_t) { return 0x1p-8; }
 
-float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 void test_conversions(const RowKernels& rows) {
     std::vector<uint16_t> all(65536), back(65536);
     std::vector<float> wide(65536);
@@ -63,7 +51,7 @@ void test_conversions(const RowKernels& rows) {
     for (int i = 0; i < 65536; ++i) CHECK(bits_of(wide[i]) == static_cast<uint32_t>(i) << 16, "bf16 %x", i);
     // Every pattern of the upper half with lower halves around the ties.
     for (uint32_t low : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
-        for (uint32_t i = 0; i < 65536; ++i) wide[i] = from_bits(i << 16 | low);
+        for (uint32_t i = 0; i < 65536; ++i) wide[i] = float_of(i << 16 | low);
         rows.f32_to_bf16(wide.data(), back.data(), 65536 - low % 7);
         for (uint32_t i = 0; i < 65536 - low % 7; ++i) {
             CHECK(back[i] == f32_to_bf16(wide[i]), "f32 %x gave %x", i << 16 | low, back[i]);
@@ -83,9 +71,10 @@ void test_exp(const RowKernels& rows) {
     x.insert(x.end(), near.begin(), near.end());
     std::vector<float> y(x.size());
     rows.exp(x.data(), y.data(), static_cast<int64_t>(x.size()));
-    double worst = 0;
-    for (size_t i = 0; i < x.size(); ++i) worst = std::max(worst, ulps(y[i], std::exp(static_cast<double>(x[i]))));
-    CHECK(worst <= 2.5, "exp is off by %.3f ulp", worst);
+    for (size_t i = 0; i < x.size(); ++i) {
+        const double off = ulps(y[i], std::exp(static_cast<double>(x[i])));
+        CHECK(off <= 2.5, "exp(%.9g) is off by %.3f ulp", x[i], off);  // nor is it NaN
+    }
     const float special[] = {-INFINITY, -1000, -0.0f, 0, 89, INFINITY, NAN};
     float out[7];
     rows.exp(special, out, 7);
@@ -139,21 +128,6 @@ void test_rope(Kernel kernel) {
             CHECK(std::fabs(value_of(x[low]) - first) <= error + std::fabs(first) * rounding(T{}));
             CHECK(std::fabs(value_of(x[high]) - second) <= error + std::fabs(second) * rounding(T{}));
         }
-    }
-}
-
-void test_silu(const RowKernels& rows) {
-    for (int64_t n : {1, 15, 16, 33, 1000}) {
-        std::vector<float> gate = numbers(n, -30, 30), up = numbers(n), out(n);
-        gate[0] = -200;
-        rows.silu_mul(gate.data(), up.data(), out.data(), n);
-        for (int64_t i = 0; i < n; ++i) {
-            const double exact = gate[i] / (1 + std::exp(-static_cast<double>(gate[i]))) * up[i];
-            CHECK(std::fabs(out[i] - exact) <= 6e-7 * std::fabs(exact) + 1e-36, "silu(%g)", gate[i]);
-        }
-        std::vector<float> same = gate;
-        rows.silu_mul(same.data(), up.data(), same.data(), n);
-        CHECK(same == out);
     }
 }
 
@@ -383,7 +357,6 @@ int main() {
         test_norm<uint16_t>(rows.norm_bf16);
         test_rope<float>(rows.rope_f32);
         test_rope<uint16_t>(rows.rope_bf16);
-        test_silu(rows);
         test_argmax(rows);
         test_above(rows);
         test_format<float>(rows, kKvF32);

@@ -47,13 +47,32 @@ int64_t expected(const float* logits, int64_t n, const Want& want, double draw) 
     return -1;
 }
 
-void compare(int64_t vocab_size, float spread, const Want& want, uint32_t seed, penstock_pool* pool) {
-    constexpr int64_t kRows = 24;
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal(0, spread);
-    std::uniform_real_distribution<double> uniform(0, 1);
+constexpr int64_t kRows = 24;
+
+std::vector<float> normal_logits(int64_t vocab_size, std::mt19937& random) {
+    std::normal_distribution<float> normal(0, 2);
     std::vector<float> logits(kRows * vocab_size);
     for (float& x : logits) x = normal(random);
+    return logits;
+}
+
+// Two likely tokens, and many of a fiftieth of their weight, which is more than half of all.
+std::vector<float> flat_logits(int64_t vocab_size, std::mt19937& random) {
+    std::vector<float> logits(kRows * vocab_size, std::log(0.02f));
+    for (int64_t row = 0; row < kRows; ++row) {
+        const int64_t first = row * vocab_size, place = static_cast<int64_t>(random()) % (vocab_size - 1);
+        logits[first + place] = 0;
+        logits[first + place + 1] = std::log(0.9f);
+    }
+    return logits;
+}
+
+using MakeLogits = std::vector<float> (*)(int64_t vocab_size, std::mt19937& random);
+
+void compare(MakeLogits make, int64_t vocab_size, const Want& want, uint32_t seed, penstock_pool* pool) {
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    std::vector<float> logits = make(vocab_size, random);
     std::vector<int64_t> tokens(kRows, -1);
     std::vector<float> temperature(kRows, want.temperature), top_p(kRows, want.top_p), min_p(kRows, want.min_p);
     std::vector<int32_t> top_k(kRows, want.top_k);
@@ -81,6 +100,47 @@ void compare(int64_t vocab_size, float spread, const Want& want, uint32_t seed, 
     CHECK(told >= kRows / 2, "too few draws could be told");
 }
 
+// Temperatures without a finite inverse are as good as zero.
+void test_tiny_temperatures(penstock_pool* pool) {
+    const float logits[] = {0, 3, 2.9999f, -1};
+    const float temperature[] = {1e-39f, 1e-45f, NAN}, ones[] = {1, 1, 1}, zeros[] = {0, 0, 0};
+    const int32_t top_k[] = {0, 0, 2};
+    const double draws[] = {0.99, 0.5, 0.99};
+    for (int64_t row = 0; row < 3; ++row) {
+        int64_t token = -1;
+        const penstock_sample_args args{logits, 4,     4,           1,     temperature + row, top_k + row,
+                                        ones,   zeros, draws + row, &token};
+        CHECK(penstock_sample(pool, &args) == 0);
+        CHECK(token == 1, "temperature %g drew %d", temperature[row], int(token));
+    }
+}
+
+void test_refusals(penstock_pool* pool) {
+    const float x[8] = {};
+    const int32_t top_k[2] = {};
+    const double draws[2] = {};
+    int64_t tokens[2];
+    const penstock_sample_args good{x, 4, 4, 2, x, top_k, x, x, draws, tokens};
+    const auto refused = [&](auto change) {
+        penstock_sample_args args = good;
+        change(args);
+        return penstock_sample(pool, &args) == -1;
+    };
+    CHECK(!refused([](auto&) {}));
+    CHECK(!refused([](auto& a) { a.num_rows = 1, a.stride = 0; }));
+    CHECK(!refused([](auto& a) { a = {}, a.vocab_size = 4; }));  // no rows
+    CHECK(refused([](auto& a) { a.stride = 3; }));
+    CHECK(refused([](auto& a) { a.vocab_size = 0; }));
+    CHECK(refused([](auto& a) { a.num_rows = -1; }));
+    CHECK(refused([](auto& a) { a.logits = nullptr; }));
+    CHECK(refused([](auto& a) { a.temperature = nullptr; }));
+    CHECK(refused([](auto& a) { a.top_k = nullptr; }));
+    CHECK(refused([](auto& a) { a.top_p = nullptr; }));
+    CHECK(refused([](auto& a) { a.min_p = nullptr; }));
+    CHECK(refused([](auto& a) { a.draws = nullptr; }));
+    CHECK(refused([](auto& a) { a.token_ids = nullptr; }));
+}
+
 }  // namespace
 
 int main() {
@@ -94,8 +154,14 @@ int main() {
             penstock_pool* pool = penstock_pool_create(num_threads, nullptr);
             uint32_t seed = 1;
             for (const Want& want : wants) {
-                for (int64_t vocab_size : {1, 5, 127, 129, 3001}) compare(vocab_size, 2.0f, want, seed++, pool);
+                for (int64_t vocab_size : {1, 5, 127, 129, 3001}) {
+                    compare(normal_logits, vocab_size, want, seed++, pool);
+                }
             }
+            compare(flat_logits, 102, {1, 0, 0.48f, 0.01f}, seed++, pool);
+            compare(flat_logits, 102, {1, 90, 0.48f, 0.01f}, seed++, pool);
+            test_tiny_temperatures(pool);
+            test_refusals(pool);
             penstock_pool_destroy(pool);
         }
     }

@@ -29,10 +29,41 @@ def cpu_features() -> list[str]:
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may run on, or as many as its cgroup gives it the time of."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    quota = _cgroup_cores(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
+    return num_cores if quota is None else min(num_cores, quota)
+
+
+def _cgroup_cores(root: Path, own: str) -> int | None:
+    """Whole cores' worth of time that the quotas of a process leave it, at least 1; None: no quota.
+
+    Rounded down: threads that wait for one another are only as fast as one that has to pause.
+
+    Args:
+        root: where cgroups are mounted, v2 or v1; in a container its own is usually at the root.
+        own: the text of the process's `/proc/self/cgroup`.
+    """
+    found = []
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "cpu" if controllers else root
+        cgroup = base / path.strip("/")
+        for level in (cgroup, *cgroup.parents):
+            if not level.is_relative_to(base):
+                break
+            if controllers:
+                told = [_text(level / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+            else:
+                told = _text(level / "cpu.max").split()
+            if len(told) == 2 and all(number.isdigit() for number in told) and int(told[1]):
+                found.append(max(int(told[0]) // int(told[1]), 1))
+    return min(found, default=None)
 
 
 def available_memory_bytes() -> int:

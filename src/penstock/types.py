@@ -247,5 +247,8 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     max_num_seqs: int
+    backend: str = ""
+    quantization: str = "none"
+    kv_cache_dtype: str = ""
     plan: tuple[str, ...] = field(default=())  # the memory plan, one line each
     startup_s: Mapping[str, float] = field(default_factory=dict)  # seconds by phase

@@ -210,19 +210,63 @@ def test_errors_are_a_sentence_and_a_hint() -> None:
 )
 def test_a_missing_extra_is_a_sentence(module: str, extra: str, tmp_path: Path) -> None:
     """As after `pip install penstock`, without a compiler: no such module, no native library."""
-    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
     arguments = ["chat", "Hello!", *(["--url", "http://127.0.0.1:9"] if module == "httpx" else [])]
+    done = penstock_without(module, tmp_path, *arguments)
+    assert done.returncode == 1
+    assert f"`{module}`, which is not installed" in done.stderr
+    assert f"penstock[{extra}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def penstock_without(module: str, path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program where there is neither such a module nor the native library."""
+    (path / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    (path / "sitecustomize.py").write_text(
+        "from penstock.native import library\nlibrary.FILE_NAME = 'nothing'\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "penstock.cli.main", *arguments],
+        env=ENVIRONMENT | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_library_and_torch_the_error_says_why_torch_is_needed(tmp_path: Path) -> None:
+    done = penstock_without("torch", tmp_path, "serve", "--port", "0")
+    assert done.returncode == 1
+    assert "The native backend cannot be used: this installation has no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_tries_what_the_native_backend_needs(tmp_path: Path) -> None:
+    found = json.loads(penstock_without("numpy", tmp_path, "doctor", "--json").stdout)
+    assert found["backends"]["native"].startswith("cannot run: numpy is not installed")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PENSTOCK_ISA", "avx1024"), ("PENSTOCK_NATIVE_LIBRARY", "/nowhere/library.so")],
+)
+def test_what_a_variable_asks_for_is_had_or_refused(name: str, value: str, backend: str) -> None:
+    if name == "PENSTOCK_ISA" and library.unavailable_reason():
+        pytest.skip("no native library here")
+    environment = ENVIRONMENT | {name: value}
+    arguments = ["serve", "--port", "0", "--backend", backend]
     done = subprocess.run(
         [sys.executable, "-m", "penstock.cli.main", *arguments],
-        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path), "PENSTOCK_NATIVE_LIBRARY": "/nowhere"},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert f"`{module}`, which is not installed" in done.stderr
-    assert f"penstock[{extra}]" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: `{name}` is `{value}`")
+    doctor = [sys.executable, "-m", "penstock.cli.main", "doctor", "--json"]
+    told = subprocess.run(doctor, env=environment, capture_output=True, check=True).stdout
+    assert f"cannot run: `{name}` is" in json.loads(told)["backends"]["native"]
 
 
 def test_doctor_tells_the_same_twice() -> None:

@@ -257,7 +257,7 @@ def cut_at(core: EngineCore, points: Collection[int]) -> None:
 
         setattr(owner, name, call)
 
-    model, state = core._runner._model, core._runner._state
+    model, state = core._runner.model, core._runner._state
     guarded: list[tuple[object, str]] = [(state, "apply"), (model, "forward"), (model, "logits")]
     if isinstance(model, TorchModel):
         guarded += [(model._attention, "plan"), (model._attention, "forward")]

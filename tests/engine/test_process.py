@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import penstock
+from penstock.engine import process
 from penstock.engine.config import EngineConfig
 from penstock.engine.process import ProcessClient
-from penstock.errors import EngineDead, InvalidField
+from penstock.errors import ConfigError, EngineDead, InvalidField
+from penstock.native import library
 from penstock.protocol.frames import Frames, frame
 from penstock.types import EngineRequest, SamplingParams
 
@@ -285,6 +289,48 @@ def test_startup_phases_include_the_process() -> None:
         await client.shutdown()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("backend", "told"), [("auto", "1"), ("native", "1"), ("torch", "None")])
+@pytest.mark.parametrize("given", [None, "3"])
+def test_numpy_has_one_thread_where_torch_needs_none(
+    backend: str, told: str, given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has a library of that name of its own on some machines; what the user says holds."""
+    if reason := library.unavailable_reason():
+        pytest.skip(reason)
+    (tmp_path / "probe.py").write_text(
+        "import os, sys\nfrom penstock.errors import ConfigError\n"
+        "def make(config):\n"
+        "    assert 'numpy' not in sys.modules, 'it would have started its threads'\n"
+        "    raise ConfigError(str(os.environ.get('OPENBLAS_NUM_THREADS')))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+
+    async def main() -> None:
+        client = ProcessClient(EngineConfig(model="m", backend=backend), core="probe:make")
+        with pytest.raises(ConfigError, match=f"^{given or told}$"):
+            await client.start()
+        await client.shutdown()
+
+    asyncio.run(main())
+
+
+def test_a_terminal_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose /dev/pts is not the one of the terminal."""
+
+    def no_name(fd: int) -> str:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    monkeypatch.delenv("PENSTOCK_TERMINAL", raising=False)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(os, "ttyname", no_name)
+    assert process._environment() == dict(os.environ)
+    monkeypatch.setattr(os, "ttyname", lambda fd: f"/dev/pts/{fd}")
+    assert process._environment()["PENSTOCK_TERMINAL"] == "/dev/pts/2"
 
 
 def test_it_runs_on_uvloop() -> None:

@@ -377,3 +377,10 @@ def test_progress_is_shown_on_a_terminal_only(
     assert capfd.readouterr() == ("", "")
     monkeypatch.setenv("PENSTOCK_TERMINAL", "/dev/pts/none")  # it has been closed
     logits(tmp_path)
+    file, fifo = tmp_path / "file", tmp_path / "fifo"
+    file.write_text("what somebody needs")
+    os.mkfifo(fifo)
+    for no_terminal in (file, fifo, Path("/dev/null")):
+        monkeypatch.setenv("PENSTOCK_TERMINAL", str(no_terminal))
+        logits(tmp_path)
+    assert file.read_text() == "what somebody needs"

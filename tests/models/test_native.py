@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models.helpers import Sessions, load
 from tests.models.test_parity import LEN, chunked, full, oracle, ragged, token_by_token
 
+from penstock.errors import ModelLoadError
 from penstock.native import library
 from penstock.native.structs import Isa
 from penstock.quantization.schemes import NAMES
@@ -100,3 +104,18 @@ def test_a_row_is_the_same_in_any_batch(
         assert error < BOUNDS[quantization.split("-")[0]], error
         if (dtype, quantization, kv_cache_dtype) != ("float32", "none", "float32"):
             assert error > 1e-4  # it is not fp32 in disguise
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_matrix_that_is_not_finite_is_named(
+    checkpoint: Checkpoint, tmp_path: Path, quantization: str, value: float
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    shutil.copytree(checkpoint.path, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][5, 3] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=f"`{name}` .*row 5 of the source is not finite"):
+        load(tmp_path, backend="native", quantization=quantization)
+    load(tmp_path, backend="native")

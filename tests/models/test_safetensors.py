@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,18 @@ def test_damaged_bytes_are_refused_or_read(
     except ModelLoadError:
         return
     assert sum(len(tensor.data) for tensor in tensors) == 32
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, {"a": entry()})
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelLoadError, match="Permission denied") as error:
+        map_tensors(file)
+    assert "may not read it" in str(error.value.hint)
+    assert "download" not in str(error.value.hint)

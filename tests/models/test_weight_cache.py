@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from penstock.errors import ConfigError
 from penstock.models import native_model, weight_cache
 from penstock.models.batch import ForwardBatch
 from penstock.models.load import load_model
@@ -278,6 +279,69 @@ def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_kept(
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_nor_is_one_whose_digest_was_known(
+    tmp_path: Path,
+    checkpoint: Path,
+    cache: Path,
+    is_linked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else the weights of the new content would be found under the name of the old one."""
+    stored = checkpoint / "model.safetensors"
+    if is_linked:
+        stored.symlink_to(stored.rename(tmp_path / "blob"))
+    load(checkpoint, cache)
+    assert json.loads((cache / "checkpoints.json").read_bytes())
+    (kept,) = cache.glob("*.weights")
+    kept.unlink()
+    other = write_checkpoint(tmp_path / "other", seed=1) / "model.safetensors"
+    really = native_model.load_weights
+
+    def change_and_load(*arguments: Any) -> None:
+        if is_linked:
+            stored.unlink()
+            stored.symlink_to(other)
+        else:
+            other.replace(stored)
+        really(*arguments)
+
+    monkeypatch.setattr(native_model, "load_weights", change_and_load)
+    load(checkpoint, cache)
+    assert "has been changed meanwhile" in caplog.text
+    assert [file.name for file in cache.iterdir()] == ["checkpoints.json"]
+
+
+def test_a_cache_that_can_only_be_read_is_read(
+    tmp_path: Path,
+    checkpoint: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_checkpoint: Callable[[], None],
+) -> None:
+    load(checkpoint, cache)
+    moved = checkpoint.rename(tmp_path / "moved")  # the index does not know it by this name
+    no_checkpoint()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(weight_cache, "_replacing", fail)
+    load(moved, cache)
+
+
+def test_an_interpreter_that_ends_has_kept_the_weights(checkpoint: Path, cache: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from penstock.models.load import load_model;"
+        "load_model(Path(sys.argv[1]), backend='native', dtype='float32', quantization='int4',"
+        "num_slots=32, max_num_tokens=8, max_num_logit_rows=8, weight_cache=sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(checkpoint), str(cache)], check=True)
+    assert len(list(cache.glob("*.weights"))) == 1
+    assert not list(cache.glob(".*.unfinished"))
+
+
 def test_no_directory_is_a_warning(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -359,14 +423,32 @@ def test_the_layout_is_the_one_that_has_this_number(checkpoint: Path, quantizati
     assert found == (DIGESTS[quantization], LAYOUT), "see DIGESTS"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"backend": "torch"}, {"quantization": "int8", "load_format": "dummy"}],
+)
+def test_one_that_nothing_would_be_kept_in_is_refused(
+    checkpoint: Path, cache: Path, settings: dict[str, Any]
+) -> None:
+    sizes = {"num_slots": 32, "max_num_tokens": 8, "max_num_logit_rows": 8}
+    asked: dict[str, Any] = {"backend": "native", "dtype": "float32", **sizes, **settings}
+    with pytest.raises(ConfigError, match=f"`weight_cache` is `{cache}`, and nothing would be"):
+        load_model(checkpoint, weight_cache=str(cache), **asked)
+    assert load_model(checkpoint, weight_cache="off", **asked)
+
+
 def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert directory_of("off") is None
     assert directory_of("/here") == Path("/here")
     monkeypatch.setenv("PENSTOCK_CACHE", "/cache")
     assert directory_of(None) == Path("/cache/weights")
+    monkeypatch.setenv("PENSTOCK_CACHE", "here")
+    assert directory_of(None) == Path.cwd() / "here/weights"
     monkeypatch.delenv("PENSTOCK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert directory_of(None) == Path("/xdg/penstock/weights")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, as its specification has it
+    assert directory_of(None) is None
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert directory_of(None) == Path.home() / ".cache/penstock/weights"
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # who has no home

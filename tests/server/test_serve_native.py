@@ -32,10 +32,12 @@ def test_nothing_heavy_is_imported(options: list[str], tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(tmp_path), "PENSTOCK_NUM_THREADS": "1"},
     ) as server:
         assert server.stdout is not None
-        started = json.loads(server.stdout.readline())
-        assert started["plan"][0].split() == ["backend", "native"]
-        question = {"messages": [{"role": "user", "content": "What is 17 + 25?"}]}
-        answer = httpx.post(f"{started['url']}/v1/chat/completions", json=question, timeout=60)
-        assert "42" in answer.json()["choices"][0]["message"]["content"]
-        server.send_signal(signal.SIGTERM)
+        try:
+            started = json.loads(server.stdout.readline())
+            assert started["plan"][0].split()[:2] == ["backend", "native,"]
+            question = {"messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+            answer = httpx.post(f"{started['url']}/v1/chat/completions", json=question, timeout=60)
+            assert "42" in answer.json()["choices"][0]["message"]["content"]
+        finally:
+            server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0

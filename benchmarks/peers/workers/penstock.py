@@ -37,10 +37,11 @@ class Penstock(Engine):
             "max_num_batched_tokens": options.max_batched_tokens,
             "kv_cache_memory_bytes": options.kv_bytes,
             "num_threads": options.num_threads,
-            "weight_cache": options.directory,
             **PRECISIONS[options.precision],
             **options.extra,
         }
+        if "quantization" in settings:  # else there is nothing to keep
+            settings["weight_cache"] = options.directory
         self._core = EngineCore.from_config(EngineConfig(**settings))
         self._ids = count()
 

@@ -67,7 +67,8 @@ struct Int8 {
     static B split_b(__m256i b) { return {_mm256_and_si256(b, _mm256_set1_epi16(255)), _mm256_srli_epi16(b, 8)}; }
     static A split_a(__m256i a) { return {_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(a, 8)}; }
     static Sum add(Sum sum, const A& a, const B& b) {
-        return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a.even, b.even), _mm256_madd_epi16(a.odd, b.odd)));
+        const __m256i even = _mm256_madd_epi16(a.even, b.even), odd = _mm256_madd_epi16(a.odd, b.odd);
+        return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
     }
 };
 
@@ -118,7 +119,9 @@ struct Format {
     static int64_t panels_for(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
     static TileFunction tile(int64_t rows, int64_t panels) {
         switch (rows) {
-            case 1: return panels == 4 ? &penstock::tile<F, 1, 4> : panels == 2 ? &penstock::tile<F, 1, 2> : &penstock::tile<F, 1, 1>;
+            case 1:
+                if (panels == 4) return &penstock::tile<F, 1, 4>;
+                return panels == 2 ? &penstock::tile<F, 1, 2> : &penstock::tile<F, 1, 1>;
             case 2: return panels == 2 ? &penstock::tile<F, 2, 2> : &penstock::tile<F, 2, 1>;
             case 3: return &penstock::tile<F, 3, 1>;
             case 4: return &penstock::tile<F, 4, 1>;
@@ -170,8 +173,9 @@ inline void block_to_i8(const char* b, const uint8_t* scales, char* out) {
 void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
     const char* b = static_cast<const char*>(panel);
     const auto* scales = reinterpret_cast<const uint8_t*>(b + k / kBlock * kBlockBytes);
+    auto* lines = reinterpret_cast<char*>(out);
     for (int64_t block = 0; block < k / kBlock; ++block) {
-        block_to_i8(b + block * kBlockBytes, scales + block * kScaleBytes, reinterpret_cast<char*>(out) + block * 16 * kLine);
+        block_to_i8(b + block * kBlockBytes, scales + block * kScaleBytes, lines + block * 16 * kLine);
     }
 }
 

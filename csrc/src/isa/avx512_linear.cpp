@@ -179,7 +179,8 @@ void tile_i4(const TileI4& t) {
     constexpr int kHalves = R <= 2 ? 2 : 1;  // both halves at once as long as registers last
     for (int64_t block = 0; block < t.num_blocks; ++block) {
         // Fetch the blocks after these; at the end of the panels, the first of the next ones.
-        const int64_t ahead = kAheadBlocks * kBlockBytes - (block + kAheadBlocks < t.num_blocks ? 0 : t.num_blocks * kBlockBytes - t.next);
+        const int64_t back = block + kAheadBlocks < t.num_blocks ? 0 : t.num_blocks * kBlockBytes - t.next;
+        const int64_t ahead = kAheadBlocks * kBlockBytes - back;
         __m512i scale_pairs[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
@@ -221,7 +222,9 @@ void tile_i4(const TileI4& t) {
                         const char* q = a + r * a_stride + (pass + h) * 32 + i * 4;
                         const __m512i value = _mm512_set1_epi32(load_int(q));
 #pragma GCC unroll 4
-                        for (int p = 0; p < P; ++p) group[h][r][p] = _mm512_dpbusd_epi32(group[h][r][p], nibbles[p], value);
+                        for (int p = 0; p < P; ++p) {
+                            group[h][r][p] = _mm512_dpbusd_epi32(group[h][r][p], nibbles[p], value);
+                        }
                     }
                 }
             }
@@ -230,7 +233,8 @@ void tile_i4(const TileI4& t) {
 #pragma GCC unroll 4
                 for (int p = 0; p < P; ++p) {
                     const __m512i pair = scale_pairs[p];
-                    const __m512i scale = pass + h == 0 ? _mm512_and_si512(pair, _mm512_set1_epi32(15)) : _mm512_srli_epi32(pair, 4);
+                    const __m512i scale = pass + h == 0 ? _mm512_and_si512(pair, _mm512_set1_epi32(15))
+                                                        : _mm512_srli_epi32(pair, 4);
 #pragma GCC unroll 12
                     for (int r = 0; r < R; ++r) sums[r][p] = _mm512_dpwssd_epi32(sums[r][p], group[h][r][p], scale);
                 }

@@ -13,21 +13,6 @@
 namespace penstock {
 namespace {
 
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Adding this rounds to an integer in the lowest bits, ties to even, for |x| < 2^22.
-constexpr float kRound = 12582912.0f;
-
 // exp by 2^n times the polynomial of Cephes' expf, 2 ulp; |x| beyond 87 saturates.
 inline float exp_of(float x) {
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu, largest = bits_of(87.0f);

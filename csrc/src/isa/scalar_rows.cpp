@@ -44,10 +44,6 @@ void exponentials(const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = std::exp(x[i]);
 }
 
-void silu_mul(const float* gate, const float* up, float* out, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-}
-
 void to_bf16(const float* x, uint16_t* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = f32_to_bf16(x[i]);
 }
@@ -180,7 +176,6 @@ const RowKernels scalar_rows = {
     rope<float>,
     rope<uint16_t>,
     exponentials,
-    silu_mul,
     to_bf16,
     to_f32,
     argmax,

@@ -10,6 +10,8 @@
 // batch, the tile, the chunks of prefill, the block size, or the number of threads. Chunks and splits
 // begin at fixed positions of the context; splits are always summed apart and merged in order,
 // whether one thread takes them one by one or several threads share them ("split KV", Dao 2023).
+// One exception: in bf16 on AMX (and its emulation) the last bits may depend on how many rows and
+// tokens of a chunk the products are given, and so on all but the block size and the threads.
 #include <algorithm>
 #include <bit>
 #include <cmath>

@@ -3,14 +3,15 @@
 // Knows not how products are computed (isa/) nor how weights are laid out inside a panel (pack.cpp).
 //
 // Invariant: a row of y depends on its row of x and on the weight alone, not on the batch, the
-// number of threads or who computed which panel.
+// number of threads or who computed which panel. One exception: with bf16 rows on AMX its last bits
+// may depend on how many rows the step has (amx_linear.inc).
 #include <algorithm>
 #include <cstring>
 
 #include "../kernels.h"
-#include "../numbers.h"
 #include "../ops.h"
 #include "../pack.h"
+#include "../rows.h"
 
 namespace penstock {
 
@@ -92,9 +93,9 @@ void prepare_row(const Args& args, const penstock_step& step, int64_t row, const
     if (dtype == args.x_dtype) {
         memcpy(out, x, n * size_of(dtype));
     } else if (is_float) {
-        for (int64_t i = 0; i < n; ++i) reinterpret_cast<uint16_t*>(out)[i] = f32_to_bf16(floats[i]);
+        kernels().rows->f32_to_bf16(floats, reinterpret_cast<uint16_t*>(out), n);
     } else {
-        for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(out)[i] = bf16_to_f32(halves[i]);
+        kernels().rows->bf16_to_f32(halves, reinterpret_cast<float*>(out), n);
     }
     memset(out + n * size_of(dtype), 0, (padded - n) * size_of(dtype));
 }

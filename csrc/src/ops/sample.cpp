@@ -1,5 +1,6 @@
 // Chooses tokens: the most likely one, or a draw after temperature, min-p, top-k and top-p with one
-// random number a row. Rows are divided among the threads; each is a few passes over the vocabulary, and little is sorted.
+// random number a row. Rows are divided among the threads; each is a few passes over the vocabulary,
+// and little is sorted.
 //
 // The meaning is that of penstock/engine/sampler.py: truncation by thresholds, ties stay in; the
 // draw inverts the cumulative distribution in the order of token ids, summed in double.
@@ -9,6 +10,7 @@
 #include <functional>
 
 #include "../kernels.h"
+#include "../numbers.h"
 #include "../ops.h"
 #include "../rows.h"
 
@@ -16,19 +18,16 @@ namespace penstock {
 
 namespace {
 
-constexpr int kBucketShift = 18;                                 // 32 buckets an octave
-constexpr int kNumBuckets = (0x3f800000 >> kBucketShift) + 1;    // weights are at most 1
+constexpr int kBucketShift = 18;                               // 32 buckets an octave
+constexpr int kNumBuckets = (0x3f800000 >> kBucketShift) + 1;  // weights are at most 1
 constexpr int64_t kBlock = 128;
 
 struct Buckets {
     double mass[kNumBuckets];
 };
 
-int bucket_of(float weight) {  // the bits of positive floats are ordered as they are
-    uint32_t bits;
-    memcpy(&bits, &weight, sizeof bits);
-    return static_cast<int>(bits >> kBucketShift);
-}
+// The bits of positive floats are ordered as they are.
+int bucket_of(float weight) { return static_cast<int>(bits_of(weight) >> kBucketShift); }
 
 // One row's memory: its weights, those of them that truncation looks at, their masses.
 struct Row {
@@ -83,16 +82,13 @@ void fill_buckets(const Row& row) {
 // The smallest weight that top-p leaves of those from `limit` up: the one at which the mass of the
 // larger ones and itself reaches the target. Whole buckets are skipped, one is sorted.
 float nucleus_edge(Row& row, float limit, float top_p) {
-    double total = 0;
     if (limit > 0) {
         float* end = std::partition(row.candidates, row.candidates + row.num_candidates,
                                     [limit](float weight) { return weight >= limit; });
         row.num_candidates = end - row.candidates;
-        for (int64_t i = 0; i < row.num_candidates; ++i) total += row.candidates[i];
-    } else {
-        total = mass_above(row.weights, row.size, 0.0f);
     }
-    const double target = static_cast<double>(top_p) * total;
+    // Of all weights: there may be more from `limit` up than were made candidates.
+    const double target = static_cast<double>(top_p) * mass_above(row.weights, row.size, limit);
     fill_buckets(row);
     double mass = 0;
     int bucket = kNumBuckets - 1;
@@ -141,8 +137,8 @@ int64_t choose(const penstock_sample_args& args, int64_t index, Row& row) {
     const float* logits = args.logits + index * args.stride;
     const int64_t likeliest = kernels().rows->argmax(logits, row.size);
     const float peak = logits[likeliest];
-    if (args.temperature[index] <= 0 || !std::isfinite(peak)) return likeliest;
-    const float inverse = 1.0f / args.temperature[index];
+    const float inverse = 1.0f / args.temperature[index];  // not finite: zero, or as good as zero
+    if (args.temperature[index] <= 0 || !std::isfinite(inverse) || !std::isfinite(peak)) return likeliest;
     for (int64_t i = 0; i < row.size; ++i) row.weights[i] = (logits[i] - peak) * inverse;
     kernels().rows->exp(row.weights, row.weights, row.size);
 
@@ -160,10 +156,21 @@ void sample(Team& team, const void* context) {
     const int64_t bytes = round_up(args.vocab_size * 4, kAlignment);
     char* scratch = team.scratch();
     Row row{reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + bytes),
-                  reinterpret_cast<Buckets*>(scratch + bytes + candidate_bytes(args.vocab_size)), args.vocab_size, 0};
+            reinterpret_cast<Buckets*>(scratch + bytes + candidate_bytes(args.vocab_size)), args.vocab_size, 0};
     for (int64_t i = team.next(args.num_rows); i >= 0; i = team.next(args.num_rows)) {
         args.token_ids[i] = choose(args, i, row);
     }
+}
+
+const char* check(const penstock_sample_args& args) {
+    if (args.vocab_size < 1) return "sample: no vocabulary";
+    if (args.num_rows < 0) return "sample: a negative number of rows";
+    if (args.num_rows > 1 && args.stride < args.vocab_size) return "sample: rows overlap";
+    if (args.num_rows > 0 && !(args.logits && args.temperature && args.top_k && args.top_p && args.min_p &&
+                               args.draws && args.token_ids)) {
+        return "sample: a pointer is null";
+    }
+    return nullptr;
 }
 
 }  // namespace
@@ -172,12 +179,11 @@ void sample(Team& team, const void* context) {
 
 extern "C" int32_t penstock_sample(penstock_pool* pool, const penstock_sample_args* args) {
     using namespace penstock;
-    if (args->vocab_size < 1 || args->num_rows < 0) {
-        set_error("sample: no vocabulary");
-        return -1;
-    }
-    if (!pool->reserve(bytes_for(args->vocab_size), 0)) {
-        set_error("sample: no memory for its scratch");
+    const char* problem = pool->problem();
+    if (!problem) problem = check(*args);
+    if (!problem && !pool->reserve(bytes_for(args->vocab_size), 0)) problem = "sample: no memory for its scratch";
+    if (problem) {
+        set_error(problem);
         return -1;
     }
     pool->run(sample, args);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import time
@@ -13,6 +14,7 @@ import click
 
 import penstock
 from penstock import hardware
+from penstock.errors import ConfigError
 
 PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "starlette", "uvicorn")
 
@@ -58,10 +60,16 @@ def _backends() -> dict[str, str]:
 
 def _native() -> str:
     try:
-        from penstock.native import library
-    except ImportError:
-        return "cannot run: numpy is not installed; pip install penstock[engine]"
-    if reason := library.unavailable_reason():
+        importlib.import_module("penstock.models.native_model")  # with all that it needs
+    except ImportError as error:
+        return f"cannot run: {error.name} is not installed; pip install penstock[engine]"
+    from penstock.native import library
+
+    try:
+        reason = library.unavailable_reason()
+    except ConfigError as error:  # of a variable of the environment
+        reason = error.message
+    if reason:
         return f"cannot run: {reason}"
     found = library.load()
     num_threads = hardware.num_usable_cores()

@@ -87,11 +87,7 @@ class EngineConfig:
     )
     seed: int = _number(0, "--seed", "draws the seeds of requests that bring none", 0)
     num_threads: int | None = _number(
-        None,
-        "--num-threads",
-        "CPU threads of the model; default: all cores, or 1 for a model under 16M parameters",
-        1,
-        4096,
+        None, "--num-threads", "CPU threads; default: all cores; torch: 1 for small models", 1, 1024
     )
 
     def __post_init__(self) -> None:
@@ -166,10 +162,10 @@ class EngineConfig:
             ("kv_cache_dtype", kv_cache_dtype, dtype),
         ):
             if value != has:
-                why = f": that backend cannot be used: {native_problem}" if native_problem else ""
+                other = native_problem and f"see to the native backend: {native_problem}"
                 raise ConfigError(
                     f"`{name}` is `{value}`, which only the native backend has.",
-                    hint=f"leave it out, or `--backend torch`{why}",
+                    hint=f"leave it out, or {other or 'leave out `--backend torch`'}",
                 )
 
 

@@ -101,7 +101,10 @@ class EngineCore:
             block_size=config.block_size,
             num_blocks=memory.num_blocks,
             max_num_seqs=config.max_num_seqs,
-            plan=(f"backend    {config.backend}{why}", *memory.lines),
+            backend=config.backend,
+            quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
+            plan=(f"backend    {runner.model.description}{why}", *memory.lines),
             startup_s=phases,
         )
         return cls(config, info, runner)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from penstock.engine.config import EngineConfig
 from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
-from penstock.hardware import num_usable_cores
 from penstock.models.footprint import Footprint, Step, on_native, on_torch
 from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import NONE
@@ -77,8 +76,7 @@ def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     step = Step(config.max_num_batched_tokens, config.context_len)
     if config.backend == "torch":
         return on_torch(spec, config.dtype, step)
-    num_threads = config.num_threads or num_usable_cores()
-    return on_native(spec, config.dtype, config.quantization, step, num_threads)
+    return on_native(spec, config.dtype, config.quantization, step, config.num_threads)
 
 
 def _engine_bytes(spec: ModelSpec, config: EngineConfig) -> int:

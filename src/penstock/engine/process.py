@@ -172,9 +172,10 @@ class ProcessClient(StreamingClient, asyncio.Protocol):
 
 
 def _environment() -> dict[str, str]:
-    """The child's. numpy's threads would take their time to start, and nothing needs them."""
-    terminal = {TERMINAL: os.ttyname(2)} if sys.stderr.isatty() else {}
-    return {"OPENBLAS_NUM_THREADS": "1"} | os.environ | terminal
+    """The child's: with our terminal, if it has a name here (in a container it may have none)."""
+    with contextlib.suppress(OSError):
+        return os.environ | ({TERMINAL: os.ttyname(2)} if sys.stderr.isatty() else {})
+    return dict(os.environ)
 
 
 def _unsendable(command: Command) -> str:

@@ -23,7 +23,7 @@ class Runner:
     """A model, which brings its KV store, with the state of its rows."""
 
     def __init__(self, model: Model, state: DeviceState, eos_token_ids: tuple[int, ...]) -> None:
-        self._model = model
+        self.model = model
         self._state = state
         self._eos_token_ids = eos_token_ids
         self._last: StepBatch | None = None  # the batch of the step before, if it came to its end
@@ -36,16 +36,16 @@ class Runner:
         if not plan.slices:
             return StepResult({}, {}, {})
         batch = next_batch(last, plan, state)
-        self._model.forward(batch.forward)
+        self.model.forward(batch.forward)
         prompt_logprobs = {} if batch is last else self._prompt_logprobs(batch)
         rows = batch.sampled_rows
         if not len(rows):
             return StepResult({}, {}, prompt_logprobs)
-        logits = self._model.logits(batch.forward.logit_rows)
+        logits = self.model.logits(batch.forward.logit_rows)
         if batch.plain:
             sampled = sampler.SampleResult(logits.argmax(axis=1), {})
         else:
-            sampled = sampler.sample(logits, rows, state, self._eos_token_ids, self._model.choose)
+            sampled = sampler.sample(logits, rows, state, self._eos_token_ids, self.model.choose)
         token_ids = dict(zip(rows.tolist(), sampled.token_ids.tolist(), strict=True))
         state.append(token_ids)
         self._last = batch
@@ -72,6 +72,6 @@ class Runner:
             for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
                 piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
                 at = first + offset
-                logits = self._model.logits(np.arange(at, at + len(piece)))
+                logits = self.model.logits(np.arange(at, at + len(piece)))
                 found[row] += sampler.prompt_logprobs(logits, piece, params.prompt_logprobs)
         return found

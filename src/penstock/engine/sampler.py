@@ -158,23 +158,23 @@ def _constrain(logits: F32, row: int, state: DeviceState, eos_token_ids: Sequenc
 
 
 def _choose(logits: F32, rows: I64, state: DeviceState, choose: Choose | None) -> I64:
-    """Greedy or drawn tokens. [L, V], [L] -> [L]"""
+    """Greedy or drawn tokens; the row alone says by whom it is chosen. [L, V], [L] -> [L]"""
     greedy = state.greedy[rows]
-    if choose is not None and not greedy.all() and (state.typical_p[rows] == 1).all():
-        return choose(
-            logits,
-            np.where(greedy, np.float32(0), state.temperature[rows]),
-            state.top_k[rows],
-            state.top_p[rows],
-            state.min_p[rows],
-            _draws(rows, state),
-        )
-    token_ids: I64 = logits.argmax(axis=1)
+    token_ids: I64
     if greedy.all():
+        token_ids = logits.argmax(axis=1)
         return token_ids
+    native = ~greedy & (state.typical_p[rows] == 1) & (choose is not None)
+    if choose is not None and native.any():
+        limits = state.top_k[rows], state.top_p[rows], state.min_p[rows]
+        token_ids = choose(logits, state.temperature[rows] * native, *limits, _draws(rows, state))
+        for index in np.flatnonzero(~native):
+            token_ids[index] = logits[index].argmax()  # of NaN too what it is without `choose`
+    else:
+        token_ids = logits.argmax(axis=1)
     peak = logits[np.arange(len(rows)), token_ids]
     # NaN, or nothing but -inf: there is no distribution to draw from, and others must go on.
-    drawn = np.flatnonzero(~greedy & np.isfinite(peak))
+    drawn = np.flatnonzero(~greedy & ~native & np.isfinite(peak))
     if len(drawn) == len(rows):
         return _draw(logits, peak, rows, state)
     if len(drawn):

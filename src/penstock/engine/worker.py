@@ -25,6 +25,7 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.loop import Command, Core, EngineLoop, Refuse, Update
 from penstock.errors import InvalidField, PenstockError
 from penstock.extras import explain
+from penstock.native.library import unavailable_reason
 from penstock.protocol.frames import frame, messages_of
 from penstock.protocol.reports import ErrorReport
 from penstock.types import EngineInfo, EngineStats
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> int:
     threading.Thread(target=_listen, args=(messages, engine), daemon=True).start()
     try:
         try:
+            if config.backend != "torch" and unavailable_reason() is None:
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's take time to start
             make_core = pkgutil.resolve_name(argv[1])
             process_s = time.monotonic() - float(argv[2])
             core: Core = make_core(config)

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.errors import EngineError, ModelLoadError
 from penstock.layers.scaling import RopeScaling, frequencies
 from penstock.layers.toolkit import Batch, Part, StoredTensor, Weight
 from penstock.native.kv_memory import KVMemory
@@ -309,7 +310,10 @@ def _matrix(name: str, weight: PackedWeight) -> Weight:
 
 
 def _pack(weight: PackedWeight, placement: Placement, stored: StoredTensor) -> None:
-    weight.pack(stored.data, _DTYPES[stored.dtype], stored.shape[0], placement)
+    try:
+        weight.pack(stored.data, _DTYPES[stored.dtype], stored.shape[0], placement)
+    except EngineError as error:
+        raise ModelLoadError(f"`{stored.name}` cannot be packed: {error.message}") from error
 
 
 def _fill(vector: F32, placement: Placement, stored: StoredTensor) -> None:

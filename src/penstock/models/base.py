@@ -41,6 +41,10 @@ class Model(Protocol):
     def spec(self) -> ModelSpec:
         """Its shapes and constants."""
 
+    @property
+    def description(self) -> str:
+        """The backend and what it runs on, for people: `native, avx512, 2 threads`."""
+
     def forward(self, batch: ForwardBatch) -> None:
         """Compute all tokens of the batch and write their keys and values.
 

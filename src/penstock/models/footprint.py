@@ -10,13 +10,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from penstock.attention import PIECE_LEN
+from penstock.hardware import num_usable_cores
 from penstock.models.spec import ITEM_BYTES, ModelSpec
 from penstock.quantization import schemes
 
 MIB = 2**20
 TORCH_BYTES = 400 * MIB  # Python, torch and its libraries, measured
 NATIVE_BYTES = 100 * MIB  # Python, numpy and the kernels, measured
-_THREAD_BYTES = 4 * MIB  # scratch of the kernels, for each thread
+_THREAD_BYTES = 4 * MIB  # scratch of the kernels, for each thread, without what follows
+_MAX_SPLITS = 104  # of a context into tasks of attention: enough for 2**24 tokens
+_ROW_BYTES = 128  # beside the numbers of a row, or of a token, that the kernels prepare
 
 
 class Footprint(NamedTuple):
@@ -56,9 +59,9 @@ def on_torch(spec: ModelSpec, dtype: str, step: Step) -> Footprint:
 
 
 def on_native(
-    spec: ModelSpec, dtype: str, quantization: str, step: Step, num_threads: int
+    spec: ModelSpec, dtype: str, quantization: str, step: Step, num_threads: int | None
 ) -> Footprint:
-    """Of the native backend, which packs every matrix once."""
+    """Of the native backend, which packs every matrix once; by default on all usable cores."""
     item_bytes = ITEM_BYTES[dtype]
     scheme = schemes.scheme(quantization, dtype)
     block = sum(schemes.packed_bytes(scheme.linear, *shape) for shape in spec.block_matrices)
@@ -66,14 +69,36 @@ def on_native(
     num_tables = 1 if spec.tied_embeddings else 2
     weight_bytes = spec.num_layers * block + num_tables * table + 4 * spec.num_vector_parameters
     form = dtype if quantization == schemes.NONE else quantization
-    # What lives at the same time at most: the residual stream (float32), the input and the output
-    # of a map, and its input once more as the kernels read it; the angles of the positions.
-    widest = max(rows + 2 * columns for rows, columns in spec.block_matrices)
-    numbers = 4 * (spec.hidden_size + spec.head_dim) + item_bytes * (spec.hidden_size + widest)
+    numbers = 4 * (spec.hidden_size + spec.head_dim) + item_bytes * _most_numbers(spec)
+    # What the kernels multiply with: the widest input of a map, once more, padded.
+    input_bytes = item_bytes if quantization == schemes.NONE else scheme.activation_bits // 8
+    widest = max(columns for _, columns in spec.block_matrices)
+    row_bytes = input_bytes * widest + 2 * _ROW_BYTES
     return Footprint(
         weight_bytes,
         f"{spec.num_parameters:,} parameters in {form}, packed",
-        step.num_tokens * numbers + num_threads * _THREAD_BYTES,
+        step.num_tokens * (numbers + row_bytes)
+        + (num_threads or num_usable_cores()) * thread_bytes(spec),
         NATIVE_BYTES,
         "Python and the kernels",
     )
+
+
+def thread_bytes(spec: ModelSpec) -> int:
+    """Of the native kernels, for each thread of the pool, whatever the step: an upper bound."""
+    converted = 64 * max(columns for _, columns in spec.block_matrices)  # two panels in bfloat16
+    group = spec.num_heads // spec.num_kv_heads
+    vector_bytes = 4 * spec.head_dim + _ROW_BYTES  # an unfinished sum of values
+    return _THREAD_BYTES + converted + 4 * _MAX_SPLITS * max(group, 16) * vector_bytes
+
+
+def _most_numbers(spec: ModelSpec) -> int:
+    """Of a token, in values that live at the same time, beside residual stream and angles.
+
+    The widest value, with it the widest one that is the narrower of an op's input and output, and
+    the width of a norm's output, for gaps between their places.
+    """
+    hidden, q_size = spec.hidden_size, spec.num_heads * spec.head_dim
+    qkv = spec.block_matrices[0][0]
+    pairs = [*spec.block_matrices, (qkv, q_size), (hidden, hidden)]  # maps, attention, norm
+    return max(map(max, pairs)) + max(map(min, pairs)) + hidden

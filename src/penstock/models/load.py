@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from penstock.errors import ConfigError
+from penstock.extras import explain
 from penstock.models.base import Model
+from penstock.models.files import read_config
 from penstock.models.loader import LoadFormat
 from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import NONE
@@ -59,7 +62,15 @@ def load_model(
         UnsupportedModel: the config asks for what is not implemented.
         WeightMismatch: weights are missing, unexpected, misshapen or contradictory.
         ModelLoadError: a file is missing, damaged or of a kind that is not read.
+        ConfigError: what the backend needs is not installed, or there is nothing to keep in the
+            weight cache that is asked for.
     """
+    is_kept = backend == "native" and quantization != NONE and load_format == "auto"
+    if weight_cache not in {None, "", "off"} and not is_kept:
+        raise ConfigError(
+            f"`weight_cache` is `{weight_cache}`, and nothing would be kept there.",
+            hint="it keeps what the native backend quantizes from a checkpoint; leave it out",
+        )
     phases = {} if phases is None else phases
     kv_cache_dtype = kv_cache_dtype or dtype
     if backend == "native":
@@ -81,7 +92,10 @@ def load_model(
         )
     assert (backend, quantization, kv_cache_dtype) == ("torch", NONE, dtype)
     with timed(phases, "import"):
-        from penstock.models import torch_model
+        try:
+            from penstock.models import torch_model
+        except ModuleNotFoundError as error:
+            raise _without_torch(error, Path(path)) from error
     return torch_model.load(
         Path(path),
         dtype=dtype,
@@ -90,6 +104,17 @@ def load_model(
         load_format=load_format,
         seed=seed,
         phases=phases,
+    )
+
+
+def _without_torch(error: ModuleNotFoundError, path: Path) -> ConfigError:
+    """What to raise: where the native backend would do as well, or why torch is needed."""
+    told = explain(error)
+    problem = native_problem(ModelSpec.from_hf(read_config(path)))
+    if problem is None:
+        return ConfigError(told.message, hint=f"{told.hint}, or use `--backend native`")
+    return ConfigError(
+        f"{told.message} The native backend cannot be used: {problem}.", hint=told.hint
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,9 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], object]]:
         terminal = sys.stderr
         if name := os.environ.get(TERMINAL):
             with contextlib.suppress(OSError):
-                terminal = stack.enter_context(open(name, "w"))
+                if stat.S_ISCHR(os.stat(name).st_mode):  # to open another file could change it
+                    fd = os.open(name, os.O_WRONLY | os.O_NOCTTY)
+                    terminal = stack.enter_context(open(fd, "w"))
         if not terminal.isatty():
             yield lambda num_bytes: None
             return

@@ -60,6 +60,12 @@ class NativeModel:
         self._logits: NDArray[np.float32] = program.view(logits)
         self.choose = Sampler(program.pool)
 
+    @property
+    def description(self) -> str:
+        """The backend, its instruction set and its threads."""
+        pool = self.program.pool
+        return f"native, {library.isa_name(pool.library.isa)}, {pool.num_threads} threads"
+
     def forward(self, batch: ForwardBatch) -> None:
         """Compute all tokens of the batch and write their keys and values.
 

@@ -76,10 +76,10 @@ def map_tensors(file: Path) -> list[StoredTensor]:
             )
         entries = _read_header(data[_LENGTH_BYTES:first].tobytes(), num_bytes - first)
     except (_Damaged, OSError) as error:
-        raise ModelLoadError(
-            f"`{file}` cannot be read: {error}.",
-            hint="the file is damaged or incomplete; download it again.",
-        ) from error
+        hint = "the file is damaged or incomplete; download it again."
+        if isinstance(error, PermissionError):
+            hint = "the user that runs this may not read it; `ls -l` shows who may."
+        raise ModelLoadError(f"`{file}` cannot be read: {error}.", hint=hint) from error
     body = data[first:]
     return [
         StoredTensor(entry.name, entry.dtype, entry.shape, body[entry.start : entry.stop])

@@ -62,6 +62,11 @@ class TorchModel:
         self._hidden = self.decoder.forward(on_torch)
 
     @property
+    def description(self) -> str:
+        """The backend and its threads."""
+        return f"torch, {torch.get_num_threads()} threads"
+
+    @property
     def choose(self) -> None:
         """The sampler's own way will do."""
 

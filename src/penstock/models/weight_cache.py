@@ -61,7 +61,7 @@ class FileState(NamedTuple):
         Raises:
             OSError: there is none.
         """
-        path = path.resolve()
+        path = path.absolute()  # a link that points elsewhere now is another file, by its inode
         stat = path.stat()
         return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
@@ -81,18 +81,18 @@ class _Unusable(Exception):
 def directory_of(setting: str | None) -> Path | None:
     """The directory that `--weight-cache` means; None: no cache.
 
-    By default `weights` in $PENSTOCK_CACHE, $XDG_CACHE_HOME/penstock or ~/.cache/penstock.
+    By default `weights` in $PENSTOCK_CACHE, $XDG_CACHE_HOME/penstock or ~/.cache/penstock; where
+    $XDG_CACHE_HOME is relative, none, because its specification calls that invalid.
     """
     if setting == OFF:
         return None
     if setting:
         return Path(setting).expanduser().absolute()
-    root = os.environ.get("PENSTOCK_CACHE")
-    if not root:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(caches, "penstock")
+    if root := os.environ.get("PENSTOCK_CACHE"):
+        return Path(root).expanduser().absolute() / "weights"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # An account without a home would get a directory that is called `~`.
-    return Path(root, "weights") if os.path.isabs(root) else None
+    return Path(caches, "penstock/weights") if os.path.isabs(caches) else None
 
 
 class WeightCache:
@@ -128,6 +128,8 @@ class WeightCache:
             path = self._path(identity)
             with _replacing(path) as file:
                 _write(file, path.name, memory)
+                for state in identity.files:  # the index knew it, or it changed behind the digest
+                    _check_unchanged(state)
             content = path.stem.rpartition("-")[2]
             for other in self.directory.glob(f"{identity.form}-*-{content}{_SUFFIX}"):
                 if other != path:  # of a version of the library that is not used here any more
@@ -136,7 +138,11 @@ class WeightCache:
             logger.warning("The weights are not kept for the next start: %s.", error)
 
     def write_behind(self, identity: Identity, memory: Bytes) -> threading.Thread:
-        """`write` in a thread that gives way to others. `memory` must not change any more."""
+        """`write` in a thread that gives way to others. `memory` must not change any more.
+
+        An interpreter that ends waits for it. A process that is ended otherwise leaves what it has
+        written under the name of a temporary file, which some later `write` removes.
+        """
 
         def work() -> None:
             with contextlib.suppress(OSError, AttributeError):  # on Linux of this thread alone
@@ -164,7 +170,8 @@ class WeightCache:
             if digest is None:
                 digest = _sha256(state)
                 if time.time_ns() - state.mtime_ns > _SETTLED_NS:
-                    self._remember(state, digest)
+                    with contextlib.suppress(OSError):  # it can be read all the same
+                        self._remember(state, digest)
             digests.append(digest)
         return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
@@ -192,9 +199,13 @@ class WeightCache:
 def _sha256(state: FileState) -> str:
     with open(state.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _check_unchanged(state)
+    return digest
+
+
+def _check_unchanged(state: FileState) -> None:
     if FileState.of(Path(state.path)) != state:
         raise OSError(f"`{state.path}` has been changed meanwhile")
-    return digest
 
 
 @contextlib.contextmanager

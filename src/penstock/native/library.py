@@ -27,7 +27,7 @@ class Library:
 
         Raises:
             OSError: it cannot be loaded.
-            ValueError: it is no such library, or one of another version.
+            ValueError: it is no such library, or one of another version, or incomplete.
         """
         self.path = path
         opened = ctypes.CDLL(str(path))
@@ -41,7 +41,9 @@ class Library:
             )
         self._functions: dict[str, Any] = {}
         for name, (result, arguments) in FUNCTIONS.items():
-            function = self._functions[name] = getattr(opened, name)
+            function = self._functions[name] = getattr(opened, name, None)
+            if function is None:
+                raise ValueError(f"`{path}` lacks `{name}`")
             function.restype, function.argtypes = result, arguments
 
     def function(self, name: str) -> Any:
@@ -105,7 +107,11 @@ def load() -> Library:
 
 
 def unavailable_reason() -> str | None:
-    """Why `load` would raise; None if it would not."""
+    """Why there is no library to use; None if there is.
+
+    Raises:
+        ConfigError: $PENSTOCK_NATIVE_LIBRARY or $PENSTOCK_ISA asks for what cannot be had.
+    """
     found = _find()
     return found if isinstance(found, str) else None
 
@@ -114,20 +120,31 @@ def unavailable_reason() -> str | None:
 def _find() -> Library | str:
     """The library, or why there is none. Looked for once."""
     named = os.environ.get("PENSTOCK_NATIVE_LIBRARY")
-    path = Path(named) if named else Path(__file__).parent / FILE_NAME
-    if not path.is_file():
-        return f"`{path}` does not exist" if named else "this installation has no native library"
+    found = _open(Path(named) if named else Path(__file__).parent / FILE_NAME)
+    if isinstance(found, str):
+        if named:  # who asks for a library gets that one or an error, and not torch
+            raise ConfigError(f"`PENSTOCK_NATIVE_LIBRARY` is `{named}`: {found}.")
+        return found
+    wanted = os.environ.get("PENSTOCK_ISA")
+    if wanted:
+        by_name = {isa_name(isa): isa for isa in found.available_isas}
+        if wanted not in by_name:
+            names = ", ".join(f"`{name}`" for name in by_name)
+            raise ConfigError(
+                f"`PENSTOCK_ISA` is `{wanted}`, which is not available here.",
+                hint=f"leave it out, or use one of {names}",
+            )
+        found.set_isa(by_name[wanted])
+    return found
+
+
+def _open(path: Path) -> Library | str:
+    """The library of a file, or why it cannot be used."""
     try:
-        library = Library(path)
+        return Library(path)
     except ValueError as error:
         return str(error)
     except OSError as error:
-        return f"`{path}` cannot be loaded: {error}"
-    wanted = os.environ.get("PENSTOCK_ISA")
-    if wanted:
-        by_name = {isa_name(isa): isa for isa in library.available_isas}
-        if wanted not in by_name:
-            names = ", ".join(f"`{name}`" for name in by_name)
-            return f"`PENSTOCK_ISA` is `{wanted}`, and available are {names}"
-        library.set_isa(by_name[wanted])
-    return library
+        if path.is_file():
+            return f"`{path}` cannot be loaded: {error}"
+        return f"this installation has no native library (`{path}` does not exist)"

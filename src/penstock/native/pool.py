@@ -1,6 +1,7 @@
 """The threads that run programs.
 
-Owns a pool of the library and how many threads it has. Invariant: a pool ends with its last user.
+Owns a pool of the library and how many threads it has. Invariant: a pool ends with its last user,
+and not before: at the end of the interpreter another thread may still run a program on it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Pool:
         Raises:
             EngineError: the system gives no such threads.
         """
-        num_cores = num_usable_cores()
         self.library = library
-        self.num_threads = num_threads or num_cores
+        self.num_threads = num_threads or num_usable_cores()
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         cpus = None
-        if self.num_threads == num_cores and hasattr(os, "sched_getaffinity"):
-            cpus = (ctypes.c_int32 * num_cores)(*sorted(os.sched_getaffinity(0)))
+        if self.num_threads == len(usable):
+            cpus = (ctypes.c_int32 * len(usable))(*usable)
         self.handle: int = library.call("penstock_pool_create", self.num_threads, cpus)
-        weakref.finalize(self, library.function("penstock_pool_destroy"), self.handle)
+        destroy = library.function("penstock_pool_destroy")
+        weakref.finalize(self, destroy, self.handle).atexit = False

@@ -110,7 +110,8 @@ class PackedWeight:
             dtype: of the source: float32, bfloat16 or float16.
 
         Raises:
-            EngineError: the rows do not fit in there.
+            EngineError: the rows do not fit in there, or one that is to be quantized has NaN or an
+                infinity.
         """
         args = PackArgs(
             weight=self.struct,

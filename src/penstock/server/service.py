@@ -78,7 +78,9 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: equal seeds give equal answers while it is the same."""
-        return f"penstock-{self.version}-{self.client.info.dtype}"
+        info = self.client.info
+        parts = (self.version, info.backend, info.dtype, info.quantization, info.kv_cache_dtype)
+        return "-".join(("penstock", *(part for part in parts if part)))
 
     async def offload(self, body: bytes, work: Callable[[], T]) -> T:
         """Do work on a request with this body: in a thread if it is large.
