@@ -70,6 +70,7 @@ _BITS = {
 
 def peers() -> str:
     """The comparison with other engines: results/peers.json."""
+    sys.path.insert(0, str(ROOT))  # benchmarks are not installed
     from benchmarks.peers import cells, report
 
     return report.table(_load("peers")["figures"]["rows"], cells.all_titles(quick=False))
@@ -170,6 +171,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "figures": ("README.md", figures),
     "options": ("docs/serving.md", options),
     "quantization": ("docs/cpu.md", quantization),
+    "peers": ("README.md", peers),
 }
 
 
