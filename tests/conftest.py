@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from penstock.native import library
+from penstock.native.structs import Isa
 
 # Many small tests on few cores: torch's own threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +27,17 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cache")
     os.environ["PENSTOCK_CACHE"] = str(directory)
     return directory
+
+
+@pytest.fixture
+def batch_invariant_isa() -> Iterator[None]:
+    """AMX adds up bfloat16 in another order from some number of rows on; its integers are exact."""
+    found = library.load()
+    before = found.isa
+    if before == Isa.AMX:
+        found.set_isa(Isa.AVX512)
+    yield
+    found.set_isa(before)
 
 
 @pytest.fixture(scope="session")

@@ -49,10 +49,10 @@ struct LinearKernels {
     // the caller gives the sums of a's rows, [m].
     void (*gemm_i8)(const Gemm&, const int32_t* row_sums);
     // The same straight from 4-bit panels, for few rows. c int32 = sum of a * group scale * value.
-    void (*gemm_i4)(const Gemm&, const int32_t* row_sums, int64_t group_size);
+    void (*gemm_i4)(const Gemm&, const int32_t* row_sums);
     // One panel of k columns to another format, exactly.
-    void (*i4_to_i8)(const void* panel, int64_t k, int64_t group_size, uint8_t* out);
-    void (*i4_to_bf16)(const void* panel, int64_t k, int64_t group_size, uint16_t* out);
+    void (*i4_to_i8)(const void* panel, int64_t k, uint8_t* out);
+    void (*i4_to_bf16)(const void* panel, int64_t k, uint16_t* out);
     void (*i8_to_bf16)(const void* panel, int64_t k, uint16_t* out);
     // One row of x to int8: x ~ scale * q; k padded with zeros to padded_k. Returns the scale.
     float (*quantize_f32)(const float* x, int64_t k, int64_t padded_k, int8_t* q, int32_t* sum);

@@ -6,7 +6,6 @@ In every number format: the kernels promise that a row does not hang on its batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,13 +14,13 @@ import pytest
 from helpers_tiny import VOCAB, TinyModel, run
 
 from penstock.native import library
-from penstock.native.structs import Isa
 from penstock.quantization.schemes import NAMES
 from penstock.types import EngineRequest, SamplingParams
 
-pytestmark = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason="no native library here"
-)
+pytestmark = [
+    pytest.mark.skipif(library.unavailable_reason() is not None, reason="no native library here"),
+    pytest.mark.usefixtures("batch_invariant_isa"),
+]
 
 FORMATS = [
     ("float32", "none", "float32"),
@@ -37,17 +36,6 @@ ENGINES: list[dict[str, Any]] = [
     {"block_size": 16, "max_num_seqs": 2},
     {"block_size": 1, "scheduling_policy": "priority"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def isa() -> Iterator[None]:
-    """AMX adds up bfloat16 in another order from some number of rows on."""
-    found = library.load()
-    before = found.isa
-    if before == Isa.AMX:
-        found.set_isa(Isa.AVX512)
-    yield
-    found.set_isa(before)
 
 
 def requests() -> list[EngineRequest]:

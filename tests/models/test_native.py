@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +19,12 @@ from tests.models.test_parity import LEN, chunked, full, oracle, ragged, token_b
 
 from penstock.errors import ModelLoadError
 from penstock.native import library
-from penstock.native.structs import Isa
 from penstock.quantization.schemes import NAMES
 
-pytestmark = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason="no native library here"
-)
+pytestmark = [
+    pytest.mark.skipif(library.unavailable_reason() is not None, reason="no native library here"),
+    pytest.mark.usefixtures("batch_invariant_isa"),
+]
 
 VARIANTS = ["gqa", "mlp_bias", "tied"]
 FORMATS = [
@@ -63,17 +63,6 @@ def checkpoint(
         dict(zip("abcd", ids.tolist(), strict=True)),
         dict(zip("abcd", logits, strict=True)),
     )
-
-
-@pytest.fixture(autouse=True)
-def isa() -> Iterator[None]:
-    """AMX adds up bfloat16 in another order from some number of rows on; its integers are exact."""
-    found = library.load()
-    before = found.isa
-    if before == Isa.AMX:
-        found.set_isa(Isa.AVX512)
-    yield
-    found.set_isa(before)
 
 
 def joined(sessions: Sessions, rows: Rows, way: Callable[[Sessions, Rows], list[Logits]]) -> Logits:

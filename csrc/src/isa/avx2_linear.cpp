@@ -170,7 +170,7 @@ inline void block_to_i8(const char* b, const uint8_t* scales, char* out) {
     }
 }
 
-void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
+void i4_to_i8(const void* panel, int64_t k, uint8_t* out) {
     const char* b = static_cast<const char*>(panel);
     const auto* scales = reinterpret_cast<const uint8_t*>(b + k / kBlock * kBlockBytes);
     auto* lines = reinterpret_cast<char*>(out);
@@ -180,7 +180,7 @@ void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
 }
 
 // Some blocks at a time to INT8 in L1.
-void gemm_i4(const Gemm& g, const int32_t* row_sums, int64_t) {
+void gemm_i4(const Gemm& g, const int32_t* row_sums) {
     constexpr int64_t kBlocks = 8;
     alignas(64) char panel[kBlocks * 16 * kLine];
     for (int64_t j = 0; j < g.num_panels; ++j) {
@@ -227,7 +227,7 @@ void i8_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     }
 }
 
-void i4_to_bf16(const void* panel, int64_t k, int64_t, uint16_t* out) {
+void i4_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     const char* b = static_cast<const char*>(panel);
     const auto* scales = reinterpret_cast<const uint8_t*>(b + k / kBlock * kBlockBytes);
     for (int64_t block = 0; block < k / kBlock; ++block) {

@@ -286,7 +286,7 @@ void rows_i4(const Gemm& g, int64_t first, int64_t num_rows) {
     }
 }
 
-void gemm_i4(const Gemm& g, const int32_t*, int64_t) {
+void gemm_i4(const Gemm& g, const int32_t*) {
     const int64_t num_tiles = (g.m + kMaxRowsI4 - 1) / kMaxRowsI4;
     for (int64_t t = 0; t < num_tiles; ++t) {
         const int64_t first = t * g.m / num_tiles;
@@ -318,7 +318,7 @@ struct BlockI4 {
     }
 };
 
-void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
+void i4_to_i8(const void* panel, int64_t k, uint8_t* out) {
     const auto* b = static_cast<const uint8_t*>(panel);
     const uint8_t* scales = b + k / kBlock * kBlockBytes;
     for (int64_t block = 0; block < k / kBlock; ++block) {
@@ -356,7 +356,7 @@ void i8_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     }
 }
 
-void i4_to_bf16(const void* panel, int64_t k, int64_t, uint16_t* out) {
+void i4_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     const auto* b = static_cast<const uint8_t*>(panel);
     const uint8_t* scales = b + k / kBlock * kBlockBytes;
     for (int64_t block = 0; block < k / kBlock; ++block) {

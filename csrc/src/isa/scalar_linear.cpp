@@ -60,7 +60,7 @@ int i4_value(const uint8_t* panel, int64_t num_columns, int64_t k, int lane) {
     return (panel[num_columns / 64 * 512 + block * 16 + lane] >> shift & 15) * value;
 }
 
-void gemm_i4(const Gemm& g, const int32_t*, int64_t) {
+void gemm_i4(const Gemm& g, const int32_t*) {
     for (int64_t i = 0; i < g.m; ++i) {
         const int8_t* a = static_cast<const int8_t*>(g.a) + i * g.lda;
         for (int64_t n = 0; n < g.num_panels * kPanel; ++n) {
@@ -73,7 +73,7 @@ void gemm_i4(const Gemm& g, const int32_t*, int64_t) {
     }
 }
 
-void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
+void i4_to_i8(const void* panel, int64_t k, uint8_t* out) {
     for (int64_t i = 0; i < k * kPanel; ++i) {
         const int64_t column = i / 64 * 4 + i % 4;
         const int lane = static_cast<int>(i / 4 % kPanel);
@@ -81,7 +81,7 @@ void i4_to_i8(const void* panel, int64_t k, int64_t, uint8_t* out) {
     }
 }
 
-void i4_to_bf16(const void* panel, int64_t k, int64_t, uint16_t* out) {
+void i4_to_bf16(const void* panel, int64_t k, uint16_t* out) {
     for (int64_t i = 0; i < k * kPanel; ++i) {
         const int64_t column = i / 32 * 2 + i % 2;
         const int lane = static_cast<int>(i / 2 % kPanel);

@@ -138,9 +138,9 @@ void convert(const Args& args, const char* panels, int64_t count, int64_t panel_
         if (w.format == PENSTOCK_INT8) {
             linear.i8_to_bf16(panels, w.padded_columns, reinterpret_cast<uint16_t*>(out));
         } else if (row_dtype(args) == PENSTOCK_BF16) {
-            linear.i4_to_bf16(panels, w.padded_columns, w.group_size, reinterpret_cast<uint16_t*>(out));
+            linear.i4_to_bf16(panels, w.padded_columns, reinterpret_cast<uint16_t*>(out));
         } else {
-            linear.i4_to_i8(panels, w.padded_columns, w.group_size, reinterpret_cast<uint8_t*>(out));
+            linear.i4_to_i8(panels, w.padded_columns, reinterpret_cast<uint8_t*>(out));
         }
     }
 }
@@ -153,7 +153,7 @@ void multiply(const Args& args, const Gemm& gemm, const int32_t* sums, bool conv
         default: break;
     }
     if (args.weight.format == PENSTOCK_INT4 && !converted) {
-        linear.gemm_i4(gemm, sums, args.weight.group_size);
+        linear.gemm_i4(gemm, sums);
     } else {
         linear.gemm_i8(gemm, sums);
     }
