@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from penstock.attention.kv_store import KVStore
 from penstock.attention.reference import ReferenceAttention
-from penstock.engine import sampler
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.engine.memory import PROMPT_LOGPROB_ROWS
@@ -33,6 +32,7 @@ from penstock.models.blocks import Decoder
 from penstock.models.load import load_model
 from penstock.models.native_model import NativeModel
 from penstock.models.torch_model import TorchModel
+from penstock.sampling import host as sampler
 from penstock.types import (
     EngineInfo,
     EngineRequest,

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from penstock.engine.batch import StepBatch, build_batch, next_batch
 from penstock.engine.plan import Admission, Slice, StepPlan
-from penstock.engine.sampler import sample
-from penstock.engine.state import DeviceState, is_constrained
+from penstock.engine.state import DeviceState
+from penstock.sampling.host import sample
+from penstock.sampling.rows import is_constrained
 from penstock.types import MAX_INT, SamplingParams
 
 NUM_ROWS, MAX_LEN = 4, 24

@@ -24,7 +24,6 @@ from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
 from penstock.engine.runner import Runner
-from penstock.engine.sampler import check_choice
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.state import DeviceState
 from penstock.errors import ContextTooLong, InvalidField
@@ -32,6 +31,7 @@ from penstock.hardware import available_memory_bytes
 from penstock.models.files import read_config, read_generation_eos
 from penstock.models.load import load_model, native_problem, timed
 from penstock.models.spec import ModelSpec
+from penstock.sampling.host import check_choice
 from penstock.types import (
     MAX_INT,
     MAX_SEED,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from penstock.engine import sampler
 from penstock.engine.batch import StepBatch, next_batch
 from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.state import DeviceState
 from penstock.models.base import Model
+from penstock.sampling import host as sampler
 from penstock.types import TokenLogprobs
 
 

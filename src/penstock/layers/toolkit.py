@@ -33,10 +33,15 @@ class StoredTensor(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One linear map of the checkpoint: `name`.weight, [num_rows, in], and perhaps `name`.bias."""
+    """One linear map of the checkpoint: `name`.weight, [num_rows, in], and perhaps `name`.bias.
+
+    Its rows are `num_units` equal runs (the heads of attention) that ranks never split; 0: each row
+    is one.
+    """
 
     name: str
     num_rows: int
+    num_units: int = 0
 
 
 class Weight(NamedTuple):
@@ -68,7 +73,9 @@ class Embedding(Layer, Protocol):
 class Linear(Layer, Protocol):
     """y = x W^T + b, where the rows of W are those of its parts, one after the other.
 
-    A gated one has two parts of equal size, gate and up, and returns silu(gate) * up.
+    A gated one has two parts of equal size, gate and up, and returns silu(gate) * up. Ranks hold
+    each a share of the rows of every part, or if it `reduces`, a share of the columns: then its
+    input is such a share as well, and its output the sum over the ranks.
     """
 
     def __call__(self, x: Value) -> Value:
@@ -107,15 +114,24 @@ class Head(Layer, Protocol):
 
 
 class Toolkit(Protocol):
-    """Makes the leaves of one model. `name` is that of the checkpoint, without `.weight`."""
+    """Makes the leaves of one model. `name` is that of the checkpoint, without `.weight`.
+
+    All sizes and numbers of heads are those of the whole model, whatever share a rank has.
+    """
 
     def embedding(self, name: str, num_rows: int, size: int) -> Embedding:
         """A table [num_rows, size]."""
 
     def linear(
-        self, in_size: int, parts: Sequence[Part], *, bias: bool, gated: bool = False
+        self,
+        in_size: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        gated: bool = False,
+        reduces: bool = False,
     ) -> Linear:
-        """A map of `in_size` numbers."""
+        """A map of `in_size` numbers. Without ranks, `reduces` makes no difference."""
 
     def norm(self, name: str, size: int, eps: float) -> Norm:
         """A norm over `size` numbers."""

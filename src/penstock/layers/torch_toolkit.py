@@ -60,7 +60,13 @@ class TorchToolkit:
         return Embedding(name, num_rows, size, self.materials)
 
     def linear(
-        self, in_size: int, parts: Sequence[Part], *, bias: bool, gated: bool = False
+        self,
+        in_size: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        gated: bool = False,
+        reduces: bool = False,
     ) -> Linear:
         """A map of `in_size` numbers."""
         return Linear(in_size, parts, bias=bias, gated=gated, materials=self.materials)

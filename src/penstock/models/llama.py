@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.layers.toolkit import Linear, Norm, Part, Rotary, Toolkit
+from penstock.layers.toolkit import Norm, Part, Rotary, Toolkit
 from penstock.models.blocks import Decoder, DecoderBlock, GatedMLP, SelfAttention
 from penstock.models.spec import ModelSpec
 
@@ -29,26 +29,32 @@ def _block(spec: ModelSpec, index: int, rotary: Rotary, toolkit: Toolkit) -> Dec
     heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
 
-    def linear(in_size: int, parts: dict[str, int], bias: bool, gated: bool = False) -> Linear:
-        named = [Part(f"{prefix}.{name}", num_rows) for name, num_rows in parts.items()]
-        return toolkit.linear(in_size, named, bias=bias, gated=gated)
+    def part(name: str, num_rows: int, num_units: int = 0) -> Part:
+        return Part(f"{prefix}.{name}", num_rows, num_units)
 
     def norm(name: str) -> Norm:
         return toolkit.norm(f"{prefix}.{name}", hidden, spec.norm_eps)
 
-    qkv = {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
-    gate_up = {"mlp.gate_proj": spec.intermediate_size, "mlp.up_proj": spec.intermediate_size}
+    qkv = [
+        part("self_attn.q_proj", q_size, spec.num_heads),
+        part("self_attn.k_proj", kv_size, spec.num_kv_heads),
+        part("self_attn.v_proj", kv_size, spec.num_kv_heads),
+    ]
+    output = [part("self_attn.o_proj", hidden)]
+    middle = spec.intermediate_size
+    gate_up = [part("mlp.gate_proj", middle), part("mlp.up_proj", middle)]
+    down = [part("mlp.down_proj", hidden)]
     return DecoderBlock(
         attention_norm=norm("input_layernorm"),
         attention=SelfAttention(
-            qkv=linear(hidden, qkv, spec.attention_bias),
+            qkv=toolkit.linear(hidden, qkv, bias=spec.attention_bias),
             rotary=rotary,
             attention=toolkit.attention(index, *heads, spec.head_dim**-0.5),
-            output=linear(q_size, {"self_attn.o_proj": hidden}, spec.attention_bias),
+            output=toolkit.linear(q_size, output, bias=spec.attention_bias, reduces=True),
         ),
         mlp_norm=norm("post_attention_layernorm"),
         mlp=GatedMLP(
-            linear(hidden, gate_up, spec.mlp_bias, gated=True),
-            linear(spec.intermediate_size, {"mlp.down_proj": hidden}, spec.mlp_bias),
+            toolkit.linear(hidden, gate_up, bias=spec.mlp_bias, gated=True),
+            toolkit.linear(middle, down, bias=spec.mlp_bias, reduces=True),
         ),
     )

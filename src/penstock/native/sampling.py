@@ -1,6 +1,6 @@
 """Chooses tokens in the native library: no pass over the vocabulary in Python.
 
-Owns the call; what the settings mean is written in `penstock.engine.sampler`.
+Owns the call; what the settings mean is written in `penstock.sampling.host`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from penstock.native.structs import SampleArgs
 
 
 class Sampler:
-    """Implements `penstock.models.base.Choose` on the threads of a pool."""
+    """Implements `penstock.sampling.base.Choose` on the threads of a pool."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -29,7 +29,7 @@ class Sampler:
         min_p: NDArray[np.float32],
         draws: NDArray[np.float64],
     ) -> NDArray[np.int64]:
-        """See `penstock.models.base.Choose`.
+        """See `penstock.sampling.base.Choose`.
 
         Raises:
             EngineError: there is no memory for two more copies of a row for each thread.

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from penstock.engine import sampler
 from penstock.engine.plan import Admission, StepPlan
 from penstock.engine.state import DeviceState
 from penstock.native import library
 from penstock.native.pool import Pool
+from penstock.sampling import host as sampler
 from penstock.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Logits to token ids: constraints, penalties, truncation, and one random number a token.
 
-Owns what the sampling parameters mean; knows rows of the `DeviceState`, neither requests nor the
+Owns what the sampling parameters mean; knows rows of the `SamplingRows`, neither requests nor the
 model. The parts that touch [L, V] are a constant number of passes; only rows that ask for more than
 temperature, top-k, top-p and min-p are looked at one by one.
 Invariant: a row's token and log-probabilities never depend on the other rows, to the last bit.
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.engine.state import DeviceState
 from penstock.errors import InvalidField
-from penstock.models.base import Choose
+from penstock.sampling.base import Choose
+from penstock.sampling.rows import SamplingRows
 from penstock.types import SamplingParams, TokenLogprobs
 
 F32 = NDArray[np.float32]
@@ -40,7 +40,7 @@ class SampleResult(NamedTuple):
 def sample(
     logits: F32,
     rows: I64,
-    state: DeviceState,
+    state: SamplingRows,
     eos_token_ids: Sequence[int],
     choose: Choose | None = None,
 ) -> SampleResult:
@@ -125,7 +125,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 # --- constraints and penalties: row by row, for the few rows that have any ---
 
 
-def _constrain(logits: F32, row: int, state: DeviceState, eos_token_ids: Sequence[int]) -> None:
+def _constrain(logits: F32, row: int, state: SamplingRows, eos_token_ids: Sequence[int]) -> None:
     """Apply to `logits` [V], in place, all that comes before the temperature.
 
     What excludes a token comes last, so that no penalty ever meets an infinite logit.
@@ -157,7 +157,7 @@ def _constrain(logits: F32, row: int, state: DeviceState, eos_token_ids: Sequenc
 # --- the choice: all rows at once ---
 
 
-def _choose(logits: F32, rows: I64, state: DeviceState, choose: Choose | None) -> I64:
+def _choose(logits: F32, rows: I64, state: SamplingRows, choose: Choose | None) -> I64:
     """Greedy or drawn tokens; the row alone says by whom it is chosen. [L, V], [L] -> [L]"""
     greedy = state.greedy[rows]
     token_ids: I64
@@ -182,7 +182,7 @@ def _choose(logits: F32, rows: I64, state: DeviceState, choose: Choose | None) -
     return token_ids
 
 
-def _draw(logits: F32, peak: F32, rows: I64, state: DeviceState) -> I64:
+def _draw(logits: F32, peak: F32, rows: I64, state: SamplingRows) -> I64:
     """One draw a row by the inverse of the cumulative distribution, in order of token ids."""
     weights = logits - peak[:, None]
     weights *= (np.float32(1) / state.temperature[rows])[:, None]
@@ -193,7 +193,7 @@ def _draw(logits: F32, peak: F32, rows: I64, state: DeviceState) -> I64:
     return _inverse(weights, sums, _draws(rows, state))
 
 
-def _draws(rows: I64, state: DeviceState) -> F64:
+def _draws(rows: I64, state: SamplingRows) -> F64:
     """The random number of each row's next token. [L] -> [L]"""
     return uniform(state.seed[rows], state.num_tokens[rows])
 
@@ -228,7 +228,7 @@ def _inverse(weights: F32, sums: F64, draws: F64) -> I64:
 # --- truncation: the smallest weight that stays, by row ---
 
 
-def _truncate(weights: F32, sums: F64, rows: I64, state: DeviceState) -> bool:
+def _truncate(weights: F32, sums: F64, rows: I64, state: SamplingRows) -> bool:
     """Set to 0, in place, what min-p, top-k, top-p and typical-p cut off; whether they did."""
     top_k, top_p, min_p = state.top_k[rows], state.top_p[rows], state.min_p[rows]
     limits = min_p.copy()  # the largest weight is 1

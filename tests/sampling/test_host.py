@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from penstock.engine import sampler
 from penstock.engine.plan import Admission, StepPlan
-from penstock.engine.sampler import check_choice, prompt_logprobs, sample, uniform
 from penstock.engine.state import DeviceState
 from penstock.errors import InvalidField
+from penstock.sampling import host as sampler
+from penstock.sampling.host import check_choice, prompt_logprobs, sample, uniform
 from penstock.types import SamplingParams, TokenLogprobs
 
 EOS = (1,)
