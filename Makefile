@@ -9,6 +9,12 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?= -n auto --dist loadfile
 PIP_ARGS ?=
 PEERS_ARGS ?=
+# For a machine with a GPU: the interpreter with its torch and Triton, used as it is, and the seconds
+# that tests and benchmarks may take; together 8 minutes.
+GPU_PYTHON ?= python3
+GPU_TEST_SECONDS ?= 200
+GPU_BENCH_SECONDS ?= 270
+GPU_BENCH_ARGS ?=
 # Who develops needs the native library: if it cannot be built, that is an error. On a machine
 # without a C++ compiler: make test PENSTOCK_REQUIRE_NATIVE=0 (its tests are skipped then).
 PENSTOCK_REQUIRE_NATIVE ?= 1
@@ -22,7 +28,7 @@ NATIVE := src/penstock/native/libpenstock_native.so
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test native check check-native format format-check lint types layering bench bench-peers clean
+.PHONY: help serve test native check check-native format format-check lint types layering bench bench-peers test-gpu bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -85,6 +91,19 @@ bench: $(VENV)/.dev ## run every benchmark and write results/
 
 bench-peers: $(VENV)/.dev ## compare with other engines on this CPU; options in PEERS_ARGS, e.g. --quick
 	PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
+
+# Nothing is installed and no network is needed. Without a GPU: a sentence, and status 69.
+test-gpu: ## run the GPU suite with GPU_PYTHON and append to results/gpu-tests.jsonl
+	PYTHONPATH=src:. $(GPU_PYTHON) tools/gpu_suite.py --seconds $(GPU_TEST_SECONDS)
+
+bench-gpu: ## run the GPU benchmarks with GPU_PYTHON; options in GPU_BENCH_ARGS, e.g. --toy
+	PYTHONPATH=src:. $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_BENCH_SECONDS) $(GPU_BENCH_ARGS)
+
+# A test that fails must not cost the benchmarks, nor run beside them.
+ifneq ($(filter test-gpu bench-gpu,$(MAKECMDGOALS)),)
+MAKEFLAGS += --keep-going
+.NOTPARALLEL:
+endif
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
     """Hardware and versions of this run."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
         "cpu": hardware.cpu_name(),
         "cpu_features": hardware.cpu_features(),
@@ -68,10 +68,18 @@ def write(
     return path
 
 
+def commit() -> str:
+    """What is checked out; PENSTOCK_COMMIT says it where this is a copy without git."""
+    return os.environ.get("PENSTOCK_COMMIT") or _git("rev-parse", "--short", "HEAD") or "unknown"
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.common import environment, summary, write
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
-from penstock.engine.runner import Runner
+from penstock.engine.runner import HostRunner
 from penstock.engine.state import DeviceState
 from penstock.models.batch import ForwardBatch
 from penstock.models.spec import ModelSpec
@@ -67,7 +67,7 @@ class ConstantModel:
         return logits
 
 
-def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, Runner, ConstantModel]:
+def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, HostRunner, ConstantModel]:
     """An engine around the constant model, with room for all requests."""
     num_blocks = num_running * MAX_MODEL_LEN // BLOCK_SIZE
     config = EngineConfig(
@@ -85,7 +85,7 @@ def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, Runner, Const
     )
     state = DeviceState(num_running, MAX_MODEL_LEN, BLOCK_SIZE)
     model = ConstantModel(vocab_size, num_running)
-    runner = Runner(model, state, ())
+    runner = HostRunner(model, state, ())
     return EngineCore(config, info, runner), runner, model
 
 

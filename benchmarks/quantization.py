@@ -34,7 +34,7 @@ from penstock.native import library
 from penstock.native.memory import Arena
 from penstock.native.pool import Pool
 from penstock.native.weights import PackedWeight, Placement
-from penstock.quantization.schemes import NAMES, NONE, Format, scheme
+from penstock.quantization.schemes import NATIVE_NAMES, NONE, Format, scheme
 from penstock.quantization.unpack import unpack
 
 F32 = NDArray[np.float32]
@@ -45,7 +45,7 @@ MAX_LEN = 1024
 FORMATS = [
     ("float32", NONE, "float32"),
     ("bfloat16", NONE, "bfloat16"),
-    *(("bfloat16", name, "bfloat16") for name in NAMES if name != NONE),
+    *(("bfloat16", name, "bfloat16") for name in NATIVE_NAMES if name != NONE),
     ("bfloat16", NONE, "int8"),
     ("bfloat16", "int8", "int8"),
 ]
@@ -72,7 +72,7 @@ def main() -> None:
 
 def weight_errors(path: Path) -> dict[str, dict[str, float]]:
     """By format and kind of matrix: |W - packed W| / |W|."""
-    formats = {form for name in NAMES for form in scheme(name, "bfloat16")[:2]}
+    formats = {form for name in NATIVE_NAMES for form in scheme(name, "bfloat16")[:2]}
     pool = Pool(library.load(), 1)
     sums: dict[str, dict[str, NDArray[np.float64]]] = {}
     for tensor in map_tensors(next(path.glob("*.safetensors"))):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -12,13 +14,39 @@ from hypothesis import settings
 from penstock.native import library
 from penstock.native.structs import Isa
 
+if TYPE_CHECKING:
+    import torch
+
+# Looked up without importing torch, which most tests do not need and which takes a second.
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) and not version("torch").endswith("+cpu")
+
 # Many small tests on few cores: torch's own threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not HAS_GPU:  # has to be there before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("penstock", deadline=None, print_blob=True)
 settings.load_profile("penstock")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="there is no GPU that torch can use")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the CPU where there is none: kernels then run through Triton's interpreter."""
+    import torch
+
+    return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,12 +32,12 @@ def model_lines() -> int:
 @pytest.mark.parametrize(
     ("name", "lines", "cap"),
     [
-        ("engine", num_lines("engine"), 2700),
+        ("engine", num_lines("engine"), 3600),  # this and the core: ADR 0009
         ("models", model_lines(), 2500),
         (
             "core",
-            num_lines("engine", "layers", "attention", "parallel") + model_lines(),
-            6000,
+            num_lines("engine", "layers", "attention", "parallel", "sampling") + model_lines(),
+            9900,
         ),
     ],
 )

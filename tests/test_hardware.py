@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from penstock import hardware
 
 
@@ -61,3 +63,21 @@ def test_a_container_limits_what_is_available(tmp_path: Path) -> None:
     assert left(tmp_path) == 450
     (tmp_path / "memory.current").write_text("2000\n")
     assert left(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("nvidia0", True), ("dxg", True), ("nvidiactl", False), ("null", False)],
+)
+def test_a_gpu_shows_as_a_device(name: str, expected: bool, tmp_path: Path) -> None:
+    assert not hardware.has_nvidia_device(tmp_path)
+    (tmp_path / name).touch()
+    assert hardware.has_nvidia_device(tmp_path) == expected
+
+
+@pytest.mark.parametrize("kind", ["x86_64 Kernel Module", "Open Kernel Module for x86_64"])
+def test_the_driver_has_a_version(kind: str, tmp_path: Path) -> None:
+    told = tmp_path / "version"
+    assert hardware.nvidia_driver(told) is None
+    told.write_text(f"NVRM version: NVIDIA UNIX {kind}  570.86.15  Thu Jan 23 2025\nGCC version:")
+    assert hardware.nvidia_driver(told) == "570.86.15"

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documents: figures in README.md, options in docs/serving.md.
+"""Writes the generated parts of the documents: figures, and the options of `penstock serve`.
 
 `python tools/docs.py` writes; with `--check` it only tells whether they are up to date. A test runs
 the check, so that a figure in the README is always one of `results/`.
@@ -38,6 +38,37 @@ def options() -> str:
     return "\n".join(lines)
 
 
+def backends() -> str:
+    """Which backend has what: the table by which the engine refuses."""
+    from penstock.engine.backends import NAMES, has
+    from penstock.engine.config import DTYPES, KV_CACHE_DTYPES
+    from penstock.quantization import schemes
+
+    several = {  # settings, and a value that is not what everybody has
+        "dtype": DTYPES[1:],
+        "quantization": schemes.NAMES,
+        "kv_cache_dtype": KV_CACHE_DTYPES[1:],
+        "tensor_parallel_size": (2,),
+        "async_scheduling": (True,),
+        "enforce_eager": (True,),
+        "attention_backend": ("flashinfer",),
+        "gpu_memory_utilization": (0.9,),
+        "num_threads": (2,),
+        "weight_cache": ("PATH",),
+    }
+    lines = [f"| | {' | '.join(NAMES)} |", "|---|" + "---|" * len(NAMES)]
+    for name, values in several.items():
+        flag = f"--{name.replace('_', '-')}"
+        for value in values:
+            setting = f"`{flag}`" if value is True else f"`{flag} {value}`"
+            cells = [
+                "yes" if value in has(backend, "bfloat16").get(name, (value,)) else ""
+                for backend in NAMES
+            ]
+            lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def quantization() -> str:
     """What each number format costs on brook: results/quantization.json."""
     lines = [
@@ -74,6 +105,14 @@ def peers() -> str:
     from benchmarks.peers import cells, report
 
     return report.table(_load("peers")["figures"]["rows"], cells.all_titles(quick=False))
+
+
+def gpu() -> str:
+    """What was measured on a GPU, and what still waits for one: results/gpu-*.json."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.gpu import report
+
+    return report.text(RESULTS)
 
 
 def _default(parameter: click.Option) -> str:
@@ -170,8 +209,10 @@ def _conditions() -> str:
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "figures": ("README.md", figures),
     "options": ("docs/serving.md", options),
+    "backends": ("docs/gpu.md", backends),
     "quantization": ("docs/cpu.md", quantization),
     "peers": ("README.md", peers),
+    "gpu": ("docs/gpu-benchmarks.md", gpu),
 }
 
 

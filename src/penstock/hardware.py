@@ -66,6 +66,21 @@ def _cgroup_cores(root: Path, own: str) -> int | None:
     return min(found, default=None)
 
 
+def has_nvidia_device(devices: Path = Path("/dev")) -> bool:
+    """Whether the system shows an NVIDIA GPU; to say more takes a driver library, which is slow.
+
+    Args:
+        devices: where the system keeps its device files; under WSL the GPU's is `dxg`.
+    """
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+
+
+def nvidia_driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver; None: there is none, or it does not say."""
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(told))
+    return found[1] if found else None
+
+
 def available_memory_bytes() -> int:
     """Memory that this process may still take: what the system has free, within its cgroup."""
     meminfo = Path("/proc/meminfo")

@@ -47,6 +47,7 @@ class FakeCore:
         self.stepped: list[list[str]] = []  # the live requests of each step
         self.stats = EngineStats()
         self.on_step = on_step
+        self.on_check: Callable[[], None] | None = None
         self.info = EngineInfo(
             model=config.model,
             max_model_len=1 << 20,
@@ -59,6 +60,10 @@ class FakeCore:
             plan=("weights: none",),
             startup_s={"load": 0.5},
         )
+
+    def check(self) -> None:
+        if self.on_check is not None:
+            self.on_check()
 
     @property
     def has_work(self) -> bool:

@@ -8,6 +8,7 @@ values, the whole prefix that they stand for, so a block that holds anything els
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from penstock.engine.kv_cache import KVCache
 from penstock.engine.plan import Admission, Slice, StepPlan, StepResult
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
+from penstock.engine.runner import Done
 from penstock.engine.scheduler import Scheduler
 from penstock.types import (
     EngineRequest,
@@ -39,9 +41,16 @@ def logprob(prefix: tuple[int, ...]) -> TokenLogprobs:
 
 
 class FakeRunner:
-    """Executes plans: applies them to its rows, writes all KV of the step, then reads all KV."""
+    """Executes plans: applies them to its rows, writes all KV of the step, then reads all KV.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    It does so when a step is launched, like a device that is infinitely fast; at a depth of 1 and
+    more the scheduler learns of it later.
+    """
+
+    description = "fake"
+
+    def __init__(self, num_blocks: int, block_size: int, depth: int = 0) -> None:
+        self.depth = depth
         self.block_size = block_size
         self.kv: list[tuple[int, ...] | None] = [None] * (num_blocks * block_size)
         self.tokens: dict[int, list[int]] = {}
@@ -49,6 +58,9 @@ class FakeRunner:
         self.admissions: dict[int, Admission] = {}
         self.num_computed = 0
         self.was_cut = False  # a plan was not carried out: the next one may release free rows
+
+    def launch(self, plan: StepPlan) -> Done:
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         for row in plan.released:
@@ -110,6 +122,7 @@ class Engine:
         budget: int = 64,
         chunk: int = 0,
         max_model_len: int = 64,
+        depth: int = 0,
     ) -> None:
         self.cache = KVCache(num_blocks, block_size, caching)
         self.scheduler = Scheduler(
@@ -121,7 +134,8 @@ class Engine:
             eos_token_ids=[EOS],
             long_prefill_token_threshold=chunk,
         )
-        self.runner = FakeRunner(num_blocks, block_size)
+        self.runner = FakeRunner(num_blocks, block_size, depth)
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.plans: list[StepPlan] = []
@@ -166,15 +180,17 @@ class Engine:
         assert all(slice_.length <= self.chunk for slice_ in plan.slices)
         for request_id in abort_planned:
             self.abort(request_id)
-        result = self.runner.execute(plan)
+        if plan.slices:
+            self.in_flight.append((plan, self.runner.execute(plan)))
+            self.plans.append(plan)
         for request_id in abort_executed:
             self.abort(request_id)
-        for event in self.scheduler.commit(plan, result):
-            self.events[event.request_id].append(event)
-            if event.finish is not None:
-                self.finished.append(event.request_id)
-        self.scheduler.check()
-        self.plans.append(plan)
+        while len(self.in_flight) > (self.runner.depth if plan.slices else 0):
+            for event in self.scheduler.commit(*self.in_flight.popleft()):
+                self.events[event.request_id].append(event)
+                if event.finish is not None:
+                    self.finished.append(event.request_id)
+            self.scheduler.check()
         return plan
 
     def check_queue(self, plan: StepPlan) -> None:
@@ -198,7 +214,10 @@ class Engine:
 
     def run(self) -> None:
         while self.scheduler.has_work:
-            assert self.step().slices, "a step without work, though there is a live request"
+            was_in_flight = bool(self.in_flight)
+            assert self.step().slices or was_in_flight, "no work, though there is a live request"
+        while self.in_flight:
+            self.step()
 
     @property
     def stats(self) -> EngineStats:

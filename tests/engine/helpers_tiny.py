@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.attention.kv_store import KVStore
+from penstock.attention.pages import SCALED
 from penstock.attention.reference import ReferenceAttention
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.engine.memory import PROMPT_LOGPROB_ROWS
 from penstock.engine.plan import Admission, StepPlan
-from penstock.engine.runner import Runner
+from penstock.engine.runner import HostRunner, Runner, Step
 from penstock.engine.state import DeviceState
 from penstock.models.base import Model
 from penstock.models.blocks import Decoder
@@ -156,7 +157,7 @@ class TinyModel:
     """The checkpoint as our loader reads it, on one backend."""
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
-        """`options` are those of `load_model`."""
+        """`options` are those of `load_model`; with backend "triton" those of `_device_runner`."""
         self._checkpoint = checkpoint
         self._options = {"backend": "torch", "dtype": "float32", "num_threads": 1} | options
         self._decoder: Decoder | None = None
@@ -170,7 +171,6 @@ class TinyModel:
         if num_blocks is None:
             num_blocks = 4 * -(-max_model_len // block_size)
         state = DeviceState(max_num_seqs, max_model_len, block_size)
-        model = self._model(num_blocks * block_size)
         info = EngineInfo(
             model="tiny",
             max_model_len=max_model_len,
@@ -181,7 +181,47 @@ class TinyModel:
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
         )
-        return EngineCore(config, info, Runner(model, state, (EOS,)))
+        if self._options["backend"] == "triton":
+            runner: Runner = self._device_runner(num_blocks, state)
+        else:
+            runner = HostRunner(self._model(num_blocks * block_size), state, (EOS,))
+        return EngineCore(config, info, runner)
+
+    def _device_runner(self, num_blocks: int, state: DeviceState) -> Runner:
+        """The checkpoint on the GPU, or without one on the CPU; its pages are poisoned, too.
+
+        Options: `depth` 0 or 1, `enforce_eager`, and what else `device_model.load` takes.
+        """
+        from penstock.engine.device_runner import DeviceRunner
+        from penstock.kernels.gpu import device
+        from penstock.models import device_model
+        from penstock.parallel.group import Alone
+
+        options = {
+            "quantization": "none",
+            "kv_cache_dtype": "float32",
+            "attention_backend": "triton",
+            "depth": 1,
+            "enforce_eager": False,
+        } | self._options
+        for name in ("backend", "num_threads"):
+            del options[name]
+        depth, enforce_eager = options.pop("depth"), options.pop("enforce_eager")
+        model = device_model.load(
+            self._checkpoint,
+            num_blocks=num_blocks,
+            block_size=state.block_size,
+            group=Alone(),
+            device=device(),
+            load_format="auto",
+            seed=0,
+            phases={},
+            **options,
+        )
+        model.kv.data.copy_(torch.full((), 100 if model.kv.dtype in SCALED else POISON))
+        if model.kv.scales is not None:
+            model.kv.scales.fill_(POISON / 100)
+        return DeviceRunner(model, state, (EOS,), depth=depth, enforce_eager=enforce_eager)
 
     def _model(self, num_slots: int) -> Model:
         """A model whose KV store is full of what shows if it is read without being written."""
@@ -238,7 +278,8 @@ def cut_at(core: EngineCore, points: Collection[int]) -> None:
 
     Points lie before and behind: taking over the plan, the model, its logits, noting the sampled
     tokens; on torch also planning the attention, and the attention of each layer (before which this
-    layer's KV is not written).
+    layer's KV is not written); on a device also the attention of each layer, what is written into
+    the tables, graphs, and reading.
     """
     numbers = itertools.count()
 
@@ -257,11 +298,29 @@ def cut_at(core: EngineCore, points: Collection[int]) -> None:
 
         setattr(owner, name, call)
 
-    model, state = core._runner.model, core._runner._state
-    guarded: list[tuple[object, str]] = [(state, "apply"), (model, "forward"), (model, "logits")]
-    if isinstance(model, TorchModel):
-        guarded += [(model._attention, "plan"), (model._attention, "forward")]
-    for owner, name in [*guarded, (state, "append")]:
+    runner: Any = core._runner
+    guarded: list[tuple[object, str]] = [
+        (runner._state, "apply"),
+        (runner.model, "forward"),
+        (runner.model, "logits"),
+    ]
+    if isinstance(runner, HostRunner):
+        guarded.append((runner._state, "append"))
+    else:  # of a device
+        guarded += [(runner.tables, "write"), (runner._sampler, "sample")]
+        guarded += [(runner._graphs, "replay")] if runner._graphs else []
+        guarded.append((runner.model.attention, "forward"))
+        launch = runner.launch
+
+        def launch_and_guard(plan: StepPlan) -> Step:
+            step = SimpleNamespace(read=launch(plan).read)
+            guard(step, "read")
+            return step
+
+        runner.launch = launch_and_guard
+    if isinstance(runner.model, TorchModel):
+        guarded += [(runner.model._attention, "plan"), (runner.model._attention, "forward")]
+    for owner, name in guarded:
         guard(owner, name)
 
 

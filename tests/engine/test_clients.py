@@ -253,6 +253,28 @@ def test_an_error_in_a_step_ends_every_request_with_its_cause(make_client: MakeC
     drive(make_client, body)
 
 
+def test_an_idle_engine_that_can_serve_no_more_says_so() -> None:
+    """As when another rank dies: nobody has to ask first."""
+
+    def core() -> FakeCore:
+        made = FakeCore(EngineConfig(model="ok"))
+
+        def fail() -> None:
+            raise EngineDead("Rank `1` is gone.")
+
+        made.on_check = fail
+        return made
+
+    async def body() -> None:
+        client = ThreadClient(core)
+        await client.start()
+        await until(lambda: client.dead is not None)
+        assert "Rank `1` is gone." in str(client.dead)
+        await client.shutdown()
+
+    asyncio.run(body())
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "text", "hint"),
     [

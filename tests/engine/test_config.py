@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.helpers_backends import FakeBackends
 
 from penstock import builtin
 from penstock.builtin import resolve_model
@@ -48,6 +49,12 @@ def test_every_field_tells_its_flag_and_help(field: dataclasses.Field[Any]) -> N
         ("block_size", 2**63),
         ("block_size", None),
         ("num_threads", 1025),
+        ("tensor_parallel_size", 0),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.5),
+        ("gpu_memory_utilization", float("nan")),
+        ("gpu_memory_utilization", True),
+        ("attention_backend", "flash"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
@@ -60,49 +67,55 @@ def test_the_pool_has_one_size() -> None:
         EngineConfig(model="m", num_blocks=1, kv_cache_memory_bytes=1)
 
 
-@pytest.mark.parametrize(
-    ("stored", "computed"),
-    [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")],
-)
-def test_auto_is_what_the_checkpoint_has(stored: str, computed: str) -> None:
-    resolved = resolve(checkpoint_dtype=stored)
-    assert (resolved.dtype, resolved.max_model_len) == (computed, 128)
-    assert resolved.kv_cache_dtype == computed
-
-
 def resolve(
-    *, checkpoint_dtype: str = "bfloat16", native_problem: str | None = None, **settings: Any
+    *,
+    checkpoint_dtype: str = "bfloat16",
+    backends: FakeBackends = FakeBackends(triton="no GPU"),  # noqa: B008  # nobody changes it
+    **settings: Any,
 ) -> EngineConfig:
     return EngineConfig(model="m", **settings).resolve(
-        max_context_len=128, checkpoint_dtype=checkpoint_dtype, native_problem=native_problem
+        max_context_len=128, checkpoint_dtype=checkpoint_dtype, backends=backends
     )
 
 
-def test_the_backend_is_native_where_it_can_be() -> None:
-    assert resolve().backend == "native"
-    assert resolve(native_problem="no library").backend == "torch"
-    assert resolve(backend="torch").backend == "torch"
-    with pytest.raises(ConfigError, match="cannot be used: no library"):
-        resolve(backend="native", native_problem="no library")
-
-
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("stored", "on_host", "on_gpu"),
     [
-        ("quantization", "int8"),
-        ("quantization", "int4-g128-a16"),
-        ("kv_cache_dtype", "int8"),
-        ("kv_cache_dtype", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float32", "float16"),
+        ("float32", "float32", "float32"),
     ],
 )
-def test_what_torch_has_not_is_refused(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"`{name}` is `{value}`, which only") as error:
-        resolve(backend="torch", **{name: value})
-    assert error.value.hint == "leave it out, or leave out `--backend torch`"
-    with pytest.raises(ConfigError) as error:
-        resolve(native_problem="no library", **{name: value})
-    assert "no library" in str(error.value.hint)
-    assert getattr(resolve(**{name: value}), name) == value
+def test_auto_is_what_the_checkpoint_has(stored: str, on_host: str, on_gpu: str) -> None:
+    resolved = resolve(checkpoint_dtype=stored)
+    assert (resolved.dtype, resolved.max_model_len) == (on_host, 128)
+    assert resolved.kv_cache_dtype == on_host
+    resolved = resolve(checkpoint_dtype=stored, backends=FakeBackends(num_gpus=1))
+    assert (resolved.dtype, resolved.kv_cache_dtype) == (on_gpu, on_gpu)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_on_the_host_nothing_of_a_gpu_is_open(backend: str) -> None:
+    resolved = resolve(backend=backend)
+    assert resolved.async_scheduling is False
+    assert resolved.gpu_memory_utilization is None
+    assert (resolved.tensor_parallel_size, resolved.enforce_eager) == (1, False)
+
+
+def test_on_a_gpu_steps_overlap_and_memory_is_shared_out() -> None:
+    one = FakeBackends(num_gpus=1)
+    resolved = resolve(backends=one)
+    assert (resolved.backend, resolved.async_scheduling) == ("triton", True)
+    assert resolved.gpu_memory_utilization == 0.9
+    told = {"async_scheduling": False, "gpu_memory_utilization": 0.5, "enforce_eager": True}
+    resolved = resolve(backends=one, **told)
+    assert {name: getattr(resolved, name) for name in told} == told
+
+
+def test_on_a_cpu_triton_shares_out_no_gpu_memory() -> None:
+    resolved = resolve(backend="triton", backends=FakeBackends(), tensor_parallel_size=4)
+    assert (resolved.gpu_memory_utilization, resolved.async_scheduling) == (None, True)
+    assert resolved.tensor_parallel_size == 4, "ranks on the CPU, over gloo"
 
 
 def test_a_kv_cache_of_the_models_own_type_is_no_demand() -> None:
@@ -115,7 +128,8 @@ def test_policies_are_those_of_the_scheduler() -> None:
 
 
 def test_given_values_win() -> None:
-    given = {"dtype": "float32", "max_model_len": 10, "backend": "torch"}
+    given: dict[str, Any] = {"dtype": "float32", "max_model_len": 10, "backend": "torch"}
+    given["async_scheduling"] = False
     config = EngineConfig(model="m", **given, kv_cache_dtype="float32")
     assert resolve(**given) == config
 

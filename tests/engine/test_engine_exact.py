@@ -12,6 +12,7 @@ from helpers_tiny import EOS, VOCAB, Oracle, Output, TinyModel, run
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from penstock.engine.core import EngineCore
 from penstock.types import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 
 MAX_MODEL_LEN = 32
@@ -140,9 +141,20 @@ def stress(block_size: int, num_blocks: int) -> Scenario:
 
 
 def test_tokens_equal_the_naive_loop(tiny: TinyModel, oracle: Oracle) -> None:
+    totals = play(tiny, oracle, max_examples=60)
+    for event in EVENTS:  # the stress did happen
+        assert totals[event] > 0, event
+
+
+def play(tiny: TinyModel, oracle: Oracle, max_examples: int) -> Counter[str]:
+    """Compare an engine with the naive loop in random scenarios; what happened in them."""
     totals: Counter[str] = Counter()
 
-    @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+    def on_step(core: EngineCore) -> None:
+        totals["wide_steps"] += core.stats.num_running > 2
+        totals["in_flight"] += len(core._in_flight)
+
+    @settings(max_examples=max_examples, suppress_health_check=[HealthCheck.too_slow])
     @given(scenarios())
     @example(stress(block_size=1, num_blocks=MAX_MODEL_LEN * 2))
     @example(stress(block_size=3, num_blocks=16))
@@ -154,7 +166,7 @@ def test_tokens_equal_the_naive_loop(tiny: TinyModel, oracle: Oracle) -> None:
             arrivals=scenario.arrivals,
             aborts=scenario.aborts,
             cuts=scenario.cuts,
-            on_step=lambda core: totals.update(wide_steps=core.stats.num_running > 2),
+            on_step=on_step,
             on_cut=lambda: totals.update(cuts=1),
         )
         for request in scenario.requests:
@@ -166,9 +178,8 @@ def test_tokens_equal_the_naive_loop(tiny: TinyModel, oracle: Oracle) -> None:
 
     check()
     print(dict(totals))
-    for event in EVENTS:  # the stress did happen
-        assert totals[event] > 0, event
     assert totals["forgiven"] < totals["tokens"] / 1000
+    return totals
 
 
 def compare(oracle: Oracle, request: EngineRequest, output: Output, totals: Counter[str]) -> None:

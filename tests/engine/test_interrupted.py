@@ -125,7 +125,7 @@ class CutAtLine:
         return self
 
 
-def fake_core() -> tuple[EngineCore, FakeRunner]:
+def fake_core(depth: int) -> tuple[EngineCore, FakeRunner]:
     config = EngineConfig(
         model="fake",
         max_num_seqs=3,
@@ -142,13 +142,13 @@ def fake_core() -> tuple[EngineCore, FakeRunner]:
         num_blocks=9,
         max_num_seqs=3,
     )
-    runner = FakeRunner(info.num_blocks, info.block_size)
+    runner = FakeRunner(info.num_blocks, info.block_size, depth)
     return EngineCore(config, info, cast("Any", runner)), runner
 
 
-def play(cut_step: int, num_lines: int, seen: Counter[str]) -> str:
+def play(depth: int, cut_step: int, num_lines: int, seen: Counter[str]) -> str:
     """Cut step `cut_step` at its n-th line and go on to the end; where it was, "" if behind it."""
-    core, runner = fake_core()
+    core, runner = fake_core(depth)
     prompt = [token_id % VOCAB_SIZE for token_id in range(3, 20)]
     live = {}
     for number, (num_prompt, max_tokens) in enumerate([(11, 6), (13, 4), (4, 9), (10, 40)]):
@@ -202,12 +202,13 @@ def test_a_cut_is_counted_as_preemption(tiny: TinyModel) -> None:
     assert core.scheduler._requests["a"].num_preemptions == 1
 
 
-@pytest.mark.parametrize("cut_step", [0, 1, 3, 4, 6, 10])  # three of them end a request
-def test_cut_at_every_line_of_a_step(cut_step: int) -> None:
+@pytest.mark.parametrize("cut_step", [0, 1, 3, 4, 6, 10])  # three of them end a request; as read
+@pytest.mark.parametrize("depth", [0, 1])
+def test_cut_at_every_line_of_a_step(cut_step: int, depth: int) -> None:
     seen: Counter[str] = Counter()
     places = set()
     num_lines = 1
-    while place := play(cut_step, num_lines, seen):
+    while place := play(depth, cut_step + depth, num_lines, seen):
         places.add(place.split(":")[0])
         num_lines += 1
     assert places >= {"Scheduler.schedule", "FakeRunner.execute", "Scheduler.commit"}

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.engine.helpers_backends import FakeBackends
 
+from penstock.engine import memory
 from penstock.engine.config import EngineConfig
-from penstock.engine.memory import MemoryPlan, plan_memory
+from penstock.engine.memory import MemoryPlan, available_bytes, check_rank, plan_memory
 from penstock.errors import NotEnoughMemory
 from penstock.models.footprint import NATIVE_BYTES, TORCH_BYTES
 from penstock.models.spec import ModelSpec
@@ -37,10 +39,14 @@ SPEC = ModelSpec.from_hf(CHECKPOINT)  # TinyLlama: 1,100,048,384 parameters
 KV_BYTES = 22 * 2 * 4 * 64 * 2  # a token in bfloat16
 
 
-def plan(available_bytes: int, *, backend: str = "torch", **settings: Any) -> MemoryPlan:
+def plan(
+    available_bytes: int, *, backend: str = "torch", num_gpus: int = 0, **settings: Any
+) -> MemoryPlan:
     config = EngineConfig(model="m", backend=backend, **settings)
     resolved = config.resolve(
-        max_context_len=SPEC.max_context_len, checkpoint_dtype="bfloat16", native_problem=None
+        max_context_len=SPEC.max_context_len,
+        checkpoint_dtype="bfloat16",
+        backends=FakeBackends(num_gpus=num_gpus),
     )
     return plan_memory(SPEC, resolved, available_bytes)
 
@@ -151,6 +157,111 @@ def test_a_plan_fits_or_its_hint_does(
         settings = {name: settings[name] for name in settings if name not in pool}
     settings[named[1].replace("-", "_")] = int(named[2])
     assert plan(available_bytes, **settings).total_bytes <= available_bytes
+
+
+def on_gpus(available_bytes: int, **settings: Any) -> MemoryPlan:
+    return plan(available_bytes, backend="triton", num_gpus=8, **settings)
+
+
+def test_on_a_gpu_the_pool_takes_all_that_is_left() -> None:
+    found = on_gpus(5 * GIB)
+    assert found.weight_bytes == 2 * 1_100_048_384 + 4 * 32  # the frequencies of the rotation
+    assert 0 <= 5 * GIB - found.total_bytes < found.block_bytes
+    assert found.total_bytes == found.kv_bytes + found.block_bytes + sum(
+        (found.weight_bytes, found.workspace_bytes, found.runtime_bytes)
+    ), "with a block for padding"
+    text = "\n".join(found.lines)
+    assert re.search(r"total +[\d.]+ GiB of +5.00 GiB available: 0.9 of what is free on the", text)
+    assert "CUDA graphs" in text
+    assert f"{found.num_blocks:,} + 1 blocks x 16 tokens" in text
+    assert on_gpus(200 * GIB).num_blocks == 64 * 2048 // 16, "every request at full length"
+
+
+def test_without_graphs_there_is_no_memory_for_them() -> None:
+    settings = {"num_blocks": 200}
+    graphs, eager = on_gpus(16 * GIB, **settings), on_gpus(16 * GIB, enforce_eager=True, **settings)
+    assert eager.runtime_bytes < graphs.runtime_bytes
+    assert "graphs" not in "\n".join(eager.lines)
+
+
+def test_each_rank_has_its_share() -> None:
+    one, four, eight = (
+        on_gpus(16 * GIB, tensor_parallel_size=size, num_blocks=200) for size in (1, 4, 8)
+    )
+    assert four.block_bytes == one.block_bytes // 4
+    assert eight.block_bytes == four.block_bytes, "four heads of keys and values, each held twice"
+    assert one.weight_bytes // 4 < four.weight_bytes < one.weight_bytes // 4 * 1.01
+    assert "a share of 1/4" in four.lines[0]
+    assert "on each GPU" in four.lines[-1]
+
+
+def test_tried_out_on_a_cpu_it_takes_half_of_what_is_left() -> None:
+    found = plan(6 * GIB, backend="triton")
+    left = 6 * GIB - found.total_bytes + found.kv_bytes
+    assert found.num_blocks == left // 2 // found.block_bytes
+    assert "GPU" not in "\n".join(found.lines)
+
+
+def test_weights_that_do_not_fit_a_gpu() -> None:
+    with pytest.raises(NotEnoughMemory) as error:
+        on_gpus(2 * GIB)
+    assert "`--quantization int8-a16` or `int4-a16`" in str(error.value.hint)
+    with pytest.raises(NotEnoughMemory) as error:
+        on_gpus(GIB // 2, quantization="fp8")
+    assert "`--tensor-parallel-size`" in str(error.value.hint)
+
+
+def test_the_share_of_a_gpu_is_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.kernels import gpu
+
+    asked = []
+
+    def memory_bytes(device: object) -> tuple[int, int]:
+        asked.append(device)
+        return 100 * GIB, 140 * GIB
+
+    monkeypatch.setattr(gpu, "memory_bytes", memory_bytes)
+    config = EngineConfig(model="m", gpu_memory_utilization=0.5)
+    assert available_bytes(config, 0) == 50 * GIB
+    assert asked == [gpu.device(0)]
+    assert available_bytes(EngineConfig(model="m")) < 2**50, "without: the memory of the machine"
+    assert len(asked) == 1
+
+
+def test_a_rank_whose_gpu_has_less_free_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.kernels import gpu
+
+    free = {0: 5 * GIB, 1: 5 * GIB, 2: 4 * GIB}
+    monkeypatch.setattr(gpu, "device", lambda rank: rank)
+    monkeypatch.setattr(gpu, "memory_bytes", lambda rank: (free[rank], 5 * GIB))
+    config = EngineConfig(model="m", backend="triton", tensor_parallel_size=4).resolve(
+        max_context_len=2048, checkpoint_dtype="bfloat16", backends=FakeBackends(num_gpus=4)
+    )
+    first = plan_memory(SPEC, config, available_bytes(config, 0))
+    check_rank(SPEC, config, first.num_blocks, 1)
+    spare = 5 * GIB * 9 // 10 - first.total_bytes
+    free[2] = 5 * GIB - spare * 10 // 9 - GIB // 10
+    with pytest.raises(NotEnoughMemory, match="does not fit"):
+        check_rank(SPEC, config, first.num_blocks, 2)
+
+
+def test_ranks_on_the_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 8 * GIB)
+    assert available_bytes(EngineConfig(model="m", tensor_parallel_size=4)) == 2 * GIB
+
+
+@pytest.mark.parametrize("settings", [{}, {"tensor_parallel_size": 2}, {"num_blocks": 5000}])
+@pytest.mark.parametrize("available", [3 * GIB, 4 * GIB, 12 * GIB])
+def test_a_plan_for_gpus_fits_or_its_hint_does(available: int, settings: dict[str, int]) -> None:
+    hint = ""
+    try:
+        assert on_gpus(available, **settings).total_bytes <= available
+    except NotEnoughMemory as error:
+        hint = error.hint or ""
+    if hint:
+        name, number = re.findall(r"`--([\w-]+) (\d+)`", hint)[0]
+        settings = {**settings, name.replace("-", "_"): int(number)}
+        assert on_gpus(available, **settings).total_bytes <= available
 
 
 def test_the_pool_is_what_was_asked_for() -> None:

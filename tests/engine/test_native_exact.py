@@ -14,7 +14,7 @@ import pytest
 from helpers_tiny import VOCAB, TinyModel, run
 
 from penstock.native import library
-from penstock.quantization.schemes import NAMES
+from penstock.quantization.schemes import NATIVE_NAMES
 from penstock.types import EngineRequest, SamplingParams
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 
 FORMATS = [
     ("float32", "none", "float32"),
-    *(("bfloat16", name, "bfloat16") for name in NAMES),
+    *(("bfloat16", name, "bfloat16") for name in NATIVE_NAMES),
     ("bfloat16", "int4", "int8"),
     ("float32", "int8", "int8"),
 ]

@@ -28,6 +28,7 @@ ENGINES = st.fixed_dictionaries(
         "rows": st.sampled_from([1, 4, 8]),
         "caching": st.booleans(),
         "policy": st.sampled_from(sorted(POLICIES)),
+        "depth": st.sampled_from([0, 1, 2]),
     }
 )
 MAX_MODEL_LEN = 40
@@ -78,15 +79,21 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
             engine.abort(request_id)
         oldest = min(engine.scheduler._requests.values(), key=lambda r: r.arrival, default=None)
         before = (oldest.num_preemptions, oldest.num_computed) if oldest else (0, 0)
+        is_waited_for = oldest is not None and oldest.will_end(MAX_MODEL_LEN)
+        was_in_flight = bool(engine.in_flight)
         plan = engine.step(tuple(aborts["planned"]), tuple(aborts["executed"]))
         if oldest is not None:
-            assert plan.slices
+            assert plan.slices or was_in_flight
             aborted = itertools.chain.from_iterable(aborts.values())
             if setting["policy"] == "fcfs" and oldest.id not in aborted:
                 # Nobody starves: the oldest is served in each step, and never preempted.
                 assert oldest.num_preemptions == before[0]
-                assert oldest.num_computed > before[1]
-        if not engine.scheduler.has_work and len(ids) == len(asked):
+                assert oldest.num_computed > before[1] or is_waited_for
+        seen["in_flight"] += len(engine.in_flight)
+        seen["wasted"] += sum(
+            request.row is None for planned in engine.scheduler._planned for request, _ in planned
+        )
+        if not engine.scheduler.has_work and not engine.in_flight and len(ids) == len(asked):
             break
     return engine
 
@@ -114,7 +121,7 @@ def test_tokens_do_not_depend_on_the_plans() -> None:
     seen.clear()
     check_all()
     events = ("num_preemptions", "num_chunks", "num_prefix_hit_tokens")
-    for event in (*events, "aborts", "stops", "blocked"):
+    for event in (*events, "aborts", "stops", "blocked", "in_flight", "wasted"):
         assert seen[event] > 20, seen
 
 
@@ -381,7 +388,7 @@ def test_a_pool_that_cannot_hold_the_context_is_refused() -> None:
         Engine(block_size=1, num_blocks=63, max_model_len=64)
 
 
-@pytest.mark.parametrize("spoil", ["computed", "row", "order", "forgotten"])
+@pytest.mark.parametrize("spoil", ["computed", "row", "order", "flight", "forgotten"])
 def test_check_finds_what_is_spoilt(spoil: str) -> None:
     engine = Engine()
     first, second = engine.add([1, 2]), engine.add([1, 2])
@@ -390,6 +397,8 @@ def test_check_finds_what_is_spoilt(spoil: str) -> None:
         first.num_computed = first.num_tokens
     elif spoil == "row":
         first.row = second.row
+    elif spoil == "flight":
+        first.num_in_flight = 1  # without a plan that is out
     elif spoil == "order":
         first.arrival = second.arrival
     else:

@@ -18,7 +18,7 @@ from penstock.native.kv_memory import KVMemory
 from penstock.native.memory import ALIGNMENT, Arena
 from penstock.native.pool import Pool
 from penstock.native.program import Program
-from penstock.quantization.schemes import NAMES, scheme
+from penstock.quantization.schemes import NATIVE_NAMES, scheme
 
 SMALL = ModelSpec.from_hf(
     CONFIGS["LlamaForCausalLM"]["mlp_bias"]
@@ -44,7 +44,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("quantization", NAMES)
+@pytest.mark.parametrize("quantization", NATIVE_NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SPECS)
 def test_native(name: str, dtype: str, quantization: str) -> None:

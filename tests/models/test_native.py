@@ -19,7 +19,7 @@ from tests.models.test_parity import LEN, chunked, full, oracle, ragged, token_b
 
 from penstock.errors import ModelLoadError
 from penstock.native import library
-from penstock.quantization.schemes import NAMES
+from penstock.quantization.schemes import NATIVE_NAMES
 
 pytestmark = [
     pytest.mark.skipif(library.unavailable_reason() is not None, reason="no native library here"),
@@ -28,8 +28,8 @@ pytestmark = [
 
 VARIANTS = ["gqa", "mlp_bias", "tied"]
 FORMATS = [
-    *(("float32", name, "float32") for name in NAMES),
-    *(("bfloat16", name, "bfloat16") for name in NAMES),
+    *(("float32", name, "float32") for name in NATIVE_NAMES),
+    *(("bfloat16", name, "bfloat16") for name in NATIVE_NAMES),
     ("bfloat16", "int8", "int8"),
     ("bfloat16", "none", "int8"),
     ("float32", "none", "bfloat16"),

@@ -9,10 +9,13 @@ import pytest
 from penstock.native import library as native
 from penstock.native.structs import DTYPES, Weight
 from penstock.native.weights import padded_rows
-from penstock.quantization.schemes import NAMES, Format, packed_bytes, scheme
+from penstock.quantization.schemes import NATIVE_NAMES, Format, packed_bytes, scheme
 
 FORMATS = {
-    form for name in NAMES for dtype in ("float32", "bfloat16") for form in scheme(name, dtype)[:2]
+    form
+    for name in NATIVE_NAMES
+    for dtype in ("float32", "bfloat16")
+    for form in scheme(name, dtype)[:2]
 }
 SHAPES = [(1, 1), (16, 64), (17, 65), (100, 191), (1536, 576), (49152, 576), (33, 4097)]
 
@@ -36,7 +39,7 @@ def test_packed_bytes(form: Format) -> None:
 def test_bits_a_weight() -> None:
     bits = {
         name: packed_bytes(scheme(name, "bfloat16").linear, 2048, 8192) * 8 / (2048 * 8192)
-        for name in NAMES
+        for name in NATIVE_NAMES
     }
     assert bits["none"] == 16
     assert 8 < bits["int8"] < 8.01
@@ -45,5 +48,5 @@ def test_bits_a_weight() -> None:
 
 
 def test_schemes_differ() -> None:
-    assert len({scheme(name, "bfloat16") for name in NAMES}) == len(NAMES)
+    assert len({scheme(name, "bfloat16") for name in NATIVE_NAMES}) == len(NATIVE_NAMES)
     assert scheme("none", "float32") != scheme("none", "bfloat16")

@@ -10,26 +10,26 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import index
-from pathlib import Path
 from typing import Any, Self, final
 
 from penstock.builtin import resolve_model
+from penstock.engine.backends import passed_over
+from penstock.engine.build import make_runner, warm_up
 from penstock.engine.config import EngineConfig
 from penstock.engine.kv_cache import KVCache
-from penstock.engine.memory import PROMPT_LOGPROB_ROWS, plan_memory
-from penstock.engine.plan import Admission, Slice, StepPlan
+from penstock.engine.memory import available_bytes, plan_memory
+from penstock.engine.plan import StepPlan
 from penstock.engine.policy import POLICIES
 from penstock.engine.request import Request
-from penstock.engine.runner import Runner
+from penstock.engine.runner import Runner, Step
 from penstock.engine.scheduler import Scheduler
-from penstock.engine.state import DeviceState
 from penstock.errors import ContextTooLong, InvalidField
-from penstock.hardware import available_memory_bytes
 from penstock.models.files import read_config, read_generation_eos
-from penstock.models.load import load_model, native_problem, timed
+from penstock.models.load import Backends, timed
 from penstock.models.spec import ModelSpec
 from penstock.sampling.host import check_choice
 from penstock.types import (
@@ -66,6 +66,7 @@ class EngineCore:
         )
         self.stats = self.scheduler.stats
         self._runner = runner
+        self._in_flight: deque[tuple[StepPlan, Step]] = deque()  # launched, and not read yet
         self._seeds = random.Random(config.seed)
         self._num_arrived = 0
 
@@ -82,16 +83,22 @@ class EngineCore:
         path = resolve_model(config.model)
         with timed(phases, "plan"):  # before a backend is imported: what cannot be is told at once
             spec = ModelSpec.from_hf(read_config(path))
-            problem = native_problem(spec)
+            backends = Backends(spec, config.tensor_parallel_size)
+            asked = config.backend
             config = config.resolve(
                 max_context_len=spec.max_context_len,
                 checkpoint_dtype=spec.dtype,
-                native_problem=problem,
+                backends=backends,
             )
-            why = f": {problem}" if config.backend == "torch" and problem else ""
-            memory = plan_memory(spec, config, available_memory_bytes())
+            memory = plan_memory(spec, config, available_bytes(config))
             eos_token_ids = read_generation_eos(path)
-        runner = _load(path, config, memory.num_blocks, eos_token_ids, phases)
+        if config.tensor_parallel_size == 1:
+            runner = make_runner(path, config, memory.num_blocks, eos_token_ids, None, phases)
+        else:
+            from penstock.engine.ranks import make_ranked_runner  # one process needs no messages
+
+            runner = make_ranked_runner(path, config, memory.num_blocks, eos_token_ids, phases)
+        warm_up(runner, config, phases)
         info = EngineInfo(
             model=config.model,
             max_model_len=config.context_len,
@@ -104,7 +111,10 @@ class EngineCore:
             backend=config.backend,
             quantization=config.quantization,
             kv_cache_dtype=config.kv_cache_dtype,
-            plan=(f"backend    {runner.model.description}{why}", *memory.lines),
+            plan=(
+                f"backend    {runner.description}{passed_over(asked, config.backend, backends)}",
+                *memory.lines,
+            ),
             startup_s=phases,
         )
         return cls(config, info, runner)
@@ -112,7 +122,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: EngineRequest) -> None:
         """Take a request; its tokens come out of the next steps.
@@ -140,62 +150,32 @@ class EngineCore:
         event = self.scheduler.abort(request_id)
         return [] if event is None else [event]
 
-    def step(self) -> list[TokenEvent]:
-        """Compute one batch: the events of all requests that got a token.
+    def check(self) -> None:
+        """Raise what has stopped the engine while it had nothing to do, if anything."""
+        self._runner.check()
 
-        Whatever it raises, KeyboardInterrupt included, all requests wait again and the next step
+    def step(self) -> list[TokenEvent]:
+        """Launch one batch and read the one before: the events of all requests that got a token.
+
+        How far reading stays behind is the runner's `depth`; with 0 it reads what it launched.
+        Whatever this raises, KeyboardInterrupt included, all requests wait again and the next step
         may be made. If it was cut off behind the model, some of its events may be lost.
         """
-        if not self.scheduler.has_work:
-            return []
+        events: list[TokenEvent] = []
         try:
             plan = self.scheduler.schedule()
-            events = self.scheduler.commit(plan, self._runner.execute(plan))
+            if plan.slices:
+                self._in_flight.append((plan, self._runner.launch(plan)))
+            num_kept = self._runner.depth if plan.slices else 0
+            while len(self._in_flight) > num_kept:
+                plan, step = self._in_flight.popleft()
+                events += self.scheduler.commit(plan, step.read())
         except BaseException:  # the prefix cache holds what may never have been computed
+            self._in_flight.clear()
             self.scheduler.restart()
             raise
         self.stats.last_step_s = time.monotonic()
         return events
-
-
-def _load(
-    path: Path,
-    config: EngineConfig,
-    num_blocks: int,
-    eos_token_ids: tuple[int, ...],
-    phases: dict[str, float],
-) -> Runner:
-    """Load the model with its KV store and run it once; `config` is resolved."""
-    model = load_model(
-        path,
-        backend=config.backend,
-        dtype=config.dtype,
-        quantization=config.quantization,
-        kv_cache_dtype=config.kv_cache_dtype,
-        num_slots=num_blocks * config.block_size,
-        max_num_tokens=config.max_num_batched_tokens,
-        max_num_logit_rows=max(config.max_num_seqs, PROMPT_LOGPROB_ROWS),
-        num_threads=config.num_threads,
-        load_format=config.load_format,
-        weight_cache=config.weight_cache,
-        phases=phases,
-    )
-    with timed(phases, "warmup"):
-        state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
-        runner = Runner(model, state, eos_token_ids)
-        _warm_up(runner, config)
-    return runner
-
-
-def _warm_up(runner: Runner, config: EngineConfig) -> None:
-    """Run a prompt and a decode step in row 0 and the first blocks; leave the row free."""
-    num_tokens = min(8, config.context_len - 1, config.max_num_batched_tokens)
-    block_ids = list(range(-(-(num_tokens + 1) // config.block_size)))
-    admission = Admission(0, [0] * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0)
-    runner.execute(StepPlan([Slice(0, 0, num_tokens)], [admission], [], [(0, block_ids)]))
-    if num_tokens + 2 <= config.context_len:
-        runner.execute(StepPlan([Slice(0, num_tokens, 1)], [], [], []))
-    runner.execute(StepPlan([], [], [0], []))
 
 
 def _check_address(request: EngineRequest) -> None:

@@ -39,6 +39,9 @@ class Core(Protocol):
     def step(self) -> list[TokenEvent]:
         """Compute one batch."""
 
+    def check(self) -> None:
+        """Raise what has stopped the engine while it had nothing to do, if anything."""
+
 
 # --- messages ---
 
@@ -79,6 +82,8 @@ class Update(msgspec.Struct, tag=True, frozen=True):
 
 # --- the loop ---
 
+_CHECK_S = 1.0  # how often an idle engine looks whether it could still serve
+
 
 @final
 class EngineLoop:
@@ -105,7 +110,8 @@ class EngineLoop:
         while True:
             events: list[TokenEvent] = []
             refused: dict[str, ErrorReport] = {}
-            command = self._next(wait=not core.has_work)
+            while (command := self._next(wait=not core.has_work)) is None and not core.has_work:
+                core.check()
             while command is not None:
                 if isinstance(command, Stop):
                     return
@@ -125,6 +131,6 @@ class EngineLoop:
 
     def _next(self, *, wait: bool) -> Command | Refuse | None:
         try:
-            return self._commands.get(block=wait)
+            return self._commands.get(block=wait, timeout=_CHECK_S)
         except queue.Empty:
             return None

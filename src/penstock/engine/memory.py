@@ -1,23 +1,37 @@
 """What a model will need in memory, as arithmetic, before anything is loaded.
 
 Owns the size of the KV pool: it is what free memory allows, or what the user asked for. Knows the
-model by its `ModelSpec` alone: no weight is touched, so that a plan takes no time.
+model by its `ModelSpec` alone: no weight is touched, so that a plan takes no time. With several
+ranks it is the plan of each of them.
 Invariant: a plan that is returned has room for at least one request of `max_model_len` tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.engine.config import EngineConfig
 from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
+from penstock.hardware import available_memory_bytes
+from penstock.models.device_footprint import (
+    DeviceStep,
+    flashinfer_bytes,
+    graph_sizes,
+    on_device,
+    share_of,
+    table_bytes,
+)
 from penstock.models.footprint import Footprint, Step, on_native, on_torch
-from penstock.models.spec import ModelSpec
+from penstock.models.spec import ITEM_BYTES, ModelSpec
 from penstock.quantization.schemes import NONE
 
 KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
+GPU_KV_SHARE = 1.0  # there `--gpu-memory-utilization` has left the rest
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are held at the same time
+SHAPED_LOGITS = 2**20  # that are shaped or sorted at once on a device: `sampling.device.PIECE`
+SHAPED_BYTES = 96  # each of them: 72 in tensors, measured with typical-p, and room to sort
+MASK_BYTES = 2  # a logit there, for what a request excludes
 LOGIT_BYTES = 28  # a logit: itself, its softmax, sorted, running sums; measured with top-k
 
 
@@ -27,8 +41,9 @@ class MemoryPlan:
 
     weight_bytes: int
     workspace_bytes: int  # activations, logits and device state at the largest step
+    runtime_bytes: int  # what program and libraries take; on a GPU with the graphs
     kv_bytes: int  # num_blocks * block_bytes
-    total_bytes: int  # these three, and what the program itself takes
+    total_bytes: int  # of these; on a GPU with one block more, for padding
     block_bytes: int  # of one KV block over all layers
     num_blocks: int
     available_bytes: int
@@ -44,10 +59,13 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     Raises:
         NotEnoughMemory: it does not fit; the hint names a setting with which it does.
     """
-    block_bytes = config.block_size * spec.kv_bytes_per_token(config.kv_cache_dtype)
+    share = share_of(spec, config.tensor_parallel_size)  # what one GPU has; alone: all
+    block_bytes = config.block_size * share.kv_bytes_per_token(config.kv_cache_dtype)
     model = _footprint(spec, config)
     workspace_bytes = model.workspace_bytes + _engine_bytes(spec, config)
     fixed_bytes = model.runtime_bytes + model.weight_bytes + workspace_bytes
+    num_dummies = 1 if config.backend == "triton" else 0  # blocks that padding is written to
+    fixed_bytes += num_dummies * block_bytes
     left_bytes = available_bytes - fixed_bytes
     num_blocks = _num_blocks(config, block_bytes, left_bytes)
     kv_bytes = num_blocks * block_bytes
@@ -57,12 +75,22 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
         f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
         f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
         f"runtime    {_size(model.runtime_bytes)} for {model.runtime}",
-        f"KV cache   {_size(kv_bytes)} = {num_blocks:,} blocks x {config.block_size} tokens "
+        f"KV cache   {_size(kv_bytes + num_dummies * block_bytes)} = {num_blocks:,}"
+        f"{' + 1' * num_dummies} blocks x {config.block_size} tokens "
         f"x {block_bytes // config.block_size:,} bytes ({config.kv_cache_dtype})",
-        f"total      {_size(total_bytes)} of {_size(available_bytes)} available",
+        f"total      {_size(total_bytes)} of {_size(available_bytes)} available{_where(config)}",
     )
-    sizes = (model.weight_bytes, workspace_bytes, kv_bytes, total_bytes, block_bytes)
-    plan = MemoryPlan(*sizes, num_blocks, available_bytes, lines)
+    plan = MemoryPlan(
+        weight_bytes=model.weight_bytes,
+        workspace_bytes=workspace_bytes,
+        runtime_bytes=model.runtime_bytes,
+        kv_bytes=kv_bytes,
+        total_bytes=total_bytes,
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        available_bytes=available_bytes,
+        lines=lines,
+    )
     if total_bytes > available_bytes:
         raise NotEnoughMemory(
             "The memory plan does not fit:\n" + "\n".join(lines),
@@ -71,8 +99,45 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     return plan
 
 
+def available_bytes(config: EngineConfig, rank: int = 0) -> int:
+    """What each rank's plan may divide: on a GPU the share of its free memory that `config` says.
+
+    Asked for a GPU, this makes a CUDA context there, whose memory is taken off already. Ranks on
+    the CPU share what is free.
+    """
+    if config.gpu_memory_utilization is None:
+        return available_memory_bytes() // config.tensor_parallel_size
+    from penstock.kernels import gpu
+
+    free_bytes, _ = gpu.memory_bytes(gpu.device(rank))
+    return int(free_bytes * config.gpu_memory_utilization)
+
+
+def check_rank(spec: ModelSpec, config: EngineConfig, num_blocks: int, rank: int) -> None:
+    """Whether a rank's own GPU has room for what the first one has planned with its GPU.
+
+    Raises:
+        NotEnoughMemory: it has not; the sentence has the arithmetic for this rank.
+    """
+    if rank == 0 or config.gpu_memory_utilization is None:
+        return
+    planned = replace(config, num_blocks=num_blocks, kv_cache_memory_bytes=None)
+    plan_memory(spec, planned, available_bytes(config, rank))
+
+
 def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     """What the backend takes for the model."""
+    if config.backend == "triton":
+        graphs = [] if config.enforce_eager else graph_sizes(config.max_num_seqs)
+        largest = DeviceStep(config.max_num_batched_tokens, config.max_num_seqs, len(graphs))
+        return on_device(
+            spec,
+            config.dtype,
+            config.quantization,
+            largest,
+            config.tensor_parallel_size,
+            is_on_gpu=config.gpu_memory_utilization is not None,
+        )
     step = Step(config.max_num_batched_tokens, config.context_len)
     if config.backend == "torch":
         return on_torch(spec, config.dtype, step)
@@ -81,16 +146,34 @@ def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
 
 def _engine_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Logits and the state of requests, at the largest step."""
+    sizes = config.max_num_seqs, config.context_len, config.block_size
+    if config.backend == "triton":
+        attention = flashinfer_bytes(config.max_num_seqs, is_eager=config.enforce_eager)
+        told = attention if config.attention_backend == "flashinfer" else 0
+        return _device_logit_bytes(spec, config) + table_bytes(*sizes) + told
     logits = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS) * spec.vocab_size * LOGIT_BYTES
-    state = DeviceState.bytes_for(config.max_num_seqs, config.context_len, config.block_size)
-    return logits + state
+    return logits + DeviceState.bytes_for(*sizes)
+
+
+def _device_logit_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Logits on a device: of an eager step, of graphs, and what shaping them takes."""
+    item_bytes, ranks = ITEM_BYTES[config.dtype], config.tensor_parallel_size
+    share = share_of(spec, ranks).vocab_size  # its own, then those of all ranks
+    computed = item_bytes * (share * (1 + ranks) if ranks > 1 else share)
+    rows = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS)
+    eager = rows * (computed + item_bytes * spec.hidden_size)
+    replayed = config.max_num_seqs * (computed + item_bytes * spec.vocab_size)
+    shaped = max(SHAPED_LOGITS, spec.vocab_size) * SHAPED_BYTES
+    masks = config.max_num_seqs * spec.vocab_size * MASK_BYTES
+    return eager + (0 if config.enforce_eager else replayed) + shaped + masks
 
 
 def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
     """The size of the pool: as asked for, else up to every request at full length."""
     needed = -(-config.context_len // config.block_size)  # of one request
     if config.num_blocks is None and config.kv_cache_memory_bytes is None:
-        share = int(left_bytes * KV_SHARE) // block_bytes
+        is_on_gpu = config.gpu_memory_utilization is not None
+        share = int(left_bytes * (GPU_KV_SHARE if is_on_gpu else KV_SHARE)) // block_bytes
         return min(config.max_num_seqs * needed, max(needed, share))
     if config.num_blocks is not None:
         num_blocks, enough = config.num_blocks, f"--num-blocks {needed}"
@@ -112,8 +195,11 @@ def _what_fits(config: EngineConfig, plan: MemoryPlan, left_bytes: int) -> str:
     if left_bytes + plan.workspace_bytes <= 0:
         if config.dtype == "float32":
             return "use `--dtype bfloat16` for half the weights, or a smaller model"
-        if config.backend == "native" and config.quantization == NONE:
-            return "use `--quantization int8` or `int4`, or a smaller model"
+        if config.quantization == NONE and config.backend != "torch":
+            suffix = "-a16" if config.backend == "triton" else ""
+            return f"use `--quantization int8{suffix}` or `int4{suffix}`, or a smaller model"
+        if config.backend == "triton" and config.gpu_memory_utilization is not None:
+            return "use more GPUs (`--tensor-parallel-size`), or a smaller model"
         return "use a smaller model: its weights alone do not fit"
     num_blocks = left_bytes // plan.block_bytes
     num_tokens = num_blocks * config.block_size
@@ -126,6 +212,14 @@ def _what_fits(config: EngineConfig, plan: MemoryPlan, left_bytes: int) -> str:
     if config.num_blocks is not None:
         return f"use `--num-blocks {num_blocks}` or less"
     return f"use `--kv-cache-memory-bytes {num_blocks * plan.block_bytes}` or less"
+
+
+def _where(config: EngineConfig) -> str:
+    """What of a GPU is available."""
+    if config.gpu_memory_utilization is None:
+        return ""
+    each = "each" if config.tensor_parallel_size > 1 else "the"
+    return f": {config.gpu_memory_utilization:g} of what is free on {each} GPU"
 
 
 def _size(num_bytes: int) -> str:

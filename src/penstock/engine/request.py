@@ -1,11 +1,13 @@
 """A request, as the engine sees it: two integers, how many tokens it has and how many are computed.
 
-Prefill, decode, chunks, prefix hits, preemption and speculation are values of these two. A request
-*waits* or *runs*; the scheduler forgets it when it finishes. At all times, of every live request:
+Prefill, decode, chunks, prefix hits, preemption and speculation are values of these two. A step
+counts as computed from when it is planned; until it is read, the token that it samples is *in
+flight*: it counts, and nobody here knows it. A request *waits* or *runs*; the scheduler forgets it
+when it finishes. At all times, of every live request:
 
-1. `0 <= num_computed < num_tokens`: the token sampled last is never computed yet.
-2. waiting: no row, no block, nothing computed. Running: one row of its own, and blocks that cover
-   the computed tokens. Finished: no row, no block.
+1. `0 <= num_computed < num_tokens + num_in_flight`: the token sampled last is never computed yet.
+2. waiting: no row, no block, nothing computed or in flight. Running: one row of its own, and blocks
+   that cover the computed tokens. Finished: no row, no block.
 3. `blocks` only grows while the request runs, and block `i` holds tokens [i * B, (i + 1) * B).
 
 Checked by `Scheduler.check()`; what holds of blocks is stated and checked in `KVCache.check()`.
@@ -32,6 +34,7 @@ class Request:
         "num_chained",
         "num_computed",
         "num_gains_awaited",
+        "num_in_flight",
         "num_preemptions",
         "num_prompt",
         "params",
@@ -68,7 +71,8 @@ class Request:
 
         self.token_ids = list(request.prompt_token_ids)  # prompt, then what was generated
         self.num_prompt = len(self.token_ids)
-        self.num_computed = 0  # tokens whose KV lies in `blocks`
+        self.num_computed = 0  # tokens whose KV lies in `blocks`, or will when all planned is done
+        self.num_in_flight = 0  # tokens that planned steps sample, and that were not read yet
         self.draft: list[int] = []  # guesses of what follows `token_ids`, to be verified
 
         self.row: int | None = None  # in the device state, while it runs
@@ -99,13 +103,21 @@ class Request:
     @property
     def num_pending(self) -> int:
         """Tokens to compute before one can be sampled, and the guesses to verify with them."""
-        return len(self.token_ids) + len(self.draft) - self.num_computed
+        return len(self.token_ids) + self.num_in_flight + len(self.draft) - self.num_computed
 
     @property
     def usage(self) -> Usage:
         """What the request has used so far."""
         num_generated = len(self.token_ids) - self.num_prompt
         return Usage(self.num_prompt, self.num_cached, num_generated, self.queue_s)
+
+    def will_end(self, max_model_len: int) -> bool:
+        """Whether the tokens in flight are the last ones, whatever they are."""
+        num_tokens = len(self.token_ids) + self.num_in_flight
+        max_tokens = self.params.max_tokens
+        return num_tokens >= max_model_len or (
+            max_tokens is not None and num_tokens - self.num_prompt >= max_tokens
+        )
 
     def finish_with(
         self, token_id: int, eos_token_ids: Collection[int], max_model_len: int

@@ -1,12 +1,14 @@
-"""Executes one plan: state, batch, model, sampler. Common to every model and every feature.
+"""Executes plans: the protocol, and state, batch, model, sampler on the CPU.
 
-Feature logic lives elsewhere; a line added here needs a reason in the commit. Knows rows, and
-neither requests nor scheduling: a plan is all it is told, so that another rank can follow it.
+Common to every model and every feature: feature logic lives elsewhere; a line added here needs a
+reason in the commit. Knows rows, and neither requests nor scheduling: a plan is all it is told.
 Invariant: after `execute`, the state holds the tokens of this step, also for rows whose request
 has gone meanwhile; a later plan releases those.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,14 +21,63 @@ from penstock.sampling import host as sampler
 from penstock.types import TokenLogprobs
 
 
-class Runner:
-    """A model, which brings its KV store, with the state of its rows."""
+class Step(Protocol):
+    """A step that was launched."""
+
+    def read(self) -> StepResult:
+        """Wait until it is done. Called once, in the order of the steps, or never."""
+
+
+class Runner(Protocol):
+    """Executes plans, in their order. Whoever follows the same plans holds the same state."""
+
+    @property
+    def description(self) -> str:
+        """Who computes, on what, for people: `native, avx512, 2 threads`."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be launched before the first of them is read; 0: it reads at once."""
+
+    def check(self) -> None:
+        """Raise what keeps it from launching another step, if anything does."""
+
+    def launch(self, plan: StepPlan) -> Step:
+        """Begin a step, behind all that were launched before; plans without slices only apply."""
+
+
+class Done(NamedTuple):
+    """Implements `Step`: it was computed when it was launched."""
+
+    result: StepResult
+
+    def read(self) -> StepResult:
+        """What it gave."""
+        return self.result
+
+
+class HostRunner:
+    """Implements `Runner` for a model on the CPU, which brings its KV store."""
+
+    depth = 0
 
     def __init__(self, model: Model, state: DeviceState, eos_token_ids: tuple[int, ...]) -> None:
         self.model = model
         self._state = state
         self._eos_token_ids = eos_token_ids
         self._last: StepBatch | None = None  # the batch of the step before, if it came to its end
+
+    @property
+    def description(self) -> str:
+        """That of the model."""
+        return self.model.description
+
+    def check(self) -> None:
+        """Nothing can have happened to it."""
+
+    def launch(self, plan: StepPlan) -> Done:
+        """Compute the step."""
+        return Done(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the slices of `plan`; sample after those that reach the end of their row."""

@@ -4,9 +4,10 @@ Owns the live requests, their rows and their order; knows neither tensors nor te
 phases: each request gets min(pending tokens, what is left of the budget, chunk cap), in the order
 of the policy. Feature logic lives elsewhere; a line added here needs a reason.
 
-Invariant: a slice that is planned is executed, or all starts anew. Requests lose their blocks only
-from the end of the order, slices are handed out from its beginning, and what is admitted fits
-without a preemption.
+Invariant: a slice that is planned is executed, in the order of the plans, or all starts anew; so
+several plans may be out before the first is committed. Requests lose their blocks only from the end
+of the order, slices are handed out from its beginning, and what is admitted fits without a
+preemption.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Collection
 from itertools import pairwise
 from typing import final
@@ -28,7 +30,7 @@ from penstock.types import EngineStats, FinishReason, TokenEvent
 
 @final
 class Scheduler:
-    """The order of work of one engine. Call `schedule` and `commit` in turn, or `restart`.
+    """The order of work of one engine. Every plan of `schedule` comes to `commit`, or `restart`.
 
     `add` and `abort` may be called at any moment, also between the two.
     """
@@ -78,15 +80,17 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all live ones
         self._running: list[Request] = []  # sorted by key, as is
         self._waiting: list[Request] = []
-        self._rows: list[Request | None] = [None] * max_num_seqs  # who runs in a row
+        self._max_num_seqs = max_num_seqs
         self._free_rows = list(range(max_num_seqs))  # a heap: the smallest row is taken first
         self._released: list[int] = []  # rows given up since the last plan
+        # By plan that is out, who has its slices, as of which preemption.
+        self._planned: deque[list[tuple[Request, int]]] = deque()
 
         self.stats = EngineStats(num_blocks=kv_cache.num_blocks)  # all but `last_step_s`
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is live; then the next plan holds at least one slice."""
+        """Whether a request is live. A plan has slices then, or another one is out."""
         return bool(self._requests)
 
     def __contains__(self, request_id: str) -> bool:
@@ -118,9 +122,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step. The plan must be executed and be given to `commit`; else call `restart`.
 
+        A plan without slices is not to be executed: all that is left to know is in flight.
         A slice may read blocks that another slice of the same plan fills (see `KVCache.commit`).
         """
         plan = StepPlan([], [], self._released, [])
+        self._planned.append([])
         budget = self._max_num_batched_tokens
         for request in self._running:  # a preemption shortens the list, from its end
             budget -= self._plan_slice(request, plan, budget)
@@ -128,22 +134,25 @@ class Scheduler:
                 break
         while budget > 0 and (admitted := self._admit_next(plan)) is not None:
             budget -= self._plan_slice(admitted, plan, budget)
-        self._released = []
+        if plan.slices:
+            self._released = []
+        else:
+            assert not plan.admitted
+            self._planned.pop()
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        """Take in what the step gave: one event for each request that got tokens."""
+        """Take in what the oldest plan gave: one event for each request that got tokens."""
         events = []
-        for row, start, length in plan.slices:
-            request = self._rows[row]
-            if request is None:
-                continue  # aborted since the plan was made
+        planned = self._planned.popleft()
+        for (row, start, length), (request, as_of) in zip(plan.slices, planned, strict=True):
+            if request.row is None or request.num_preemptions != as_of:
+                continue  # it ended or was preempted since: what it computes anew is the same
             end = start + length
             if start < request.num_prompt:
                 self.stats.num_prompt_tokens += min(end, request.num_prompt) - start
                 request.collect_prompt_logprobs(start, result.prompt_logprobs.get(row, ()))
             if end < len(request.token_ids):
-                request.num_computed = end
                 self.stats.num_chunks += 1
             else:
                 events.append(self._extend(request, row, result))
@@ -163,14 +172,14 @@ class Scheduler:
                 request.row = None
                 request.num_preemptions += 1
                 self.stats.num_preemptions += 1
-            request.blocks, request.num_computed = [], 0
+            request.blocks, request.num_computed, request.num_in_flight = [], 0, 0
             request.node, request.num_chained = request.salt, 0
             request.draft.clear()
+        self._planned.clear()
         self._running = []
         self._waiting = sorted(self._requests.values(), key=self._key)
-        self._rows = [None] * len(self._rows)
-        self._free_rows = list(range(len(self._rows)))
-        self._released = list(range(len(self._rows)))
+        self._free_rows = list(range(self._max_num_seqs))
+        self._released = list(range(self._max_num_seqs))
         self._gauge()
 
     def check(self) -> None:
@@ -181,18 +190,19 @@ class Scheduler:
             keys = [self._key(request) for request in queue]
             assert all(a < b for a, b in pairwise(keys)), keys
         for request in live:
-            assert 0 <= request.num_computed < request.num_tokens < self._max_model_len, request.id
+            num_tokens = request.num_tokens + request.num_in_flight
+            assert num_tokens <= self._max_model_len, request.id
+            assert 0 <= request.num_computed < num_tokens + len(request.draft), request.id
+            assert request.num_tokens < self._max_model_len, request.id
+            assert 0 <= request.num_in_flight <= len(self._planned), request.id
         for request in self._running:
-            assert request.row is not None
-            assert self._rows[request.row] is request
             assert request.num_computed <= len(request.blocks) * self._kv.block_size
         for request in self._waiting:
             assert request.row is None
             assert not request.blocks
-            assert request.num_computed == 0
-        used_rows = [row for row, request in enumerate(self._rows) if request is not None]
-        assert len(used_rows) == len(self._running)
-        assert sorted(used_rows + self._free_rows) == list(range(len(self._rows)))
+            assert request.num_computed == request.num_in_flight == 0
+        rows = [*self._free_rows, *(request.row for request in self._running)]
+        assert sorted(row for row in rows if row is not None) == list(range(self._max_num_seqs))
         self._kv.check(live)
 
     def _gauge(self) -> None:
@@ -205,18 +215,25 @@ class Scheduler:
         """Plan the next tokens of a running request.
 
         Returns:
-            How many; 0 if there are no blocks for them and the request had to preempt itself.
+            How many; 0 if there are no blocks for them and the request had to preempt itself, or if
+            its last token is in flight.
         """
+        if request.num_in_flight and request.will_end(self._max_model_len):
+            return 0
         start = request.num_computed
         length = min(request.num_pending, self._max_chunk, budget)
         end = start + length
         block_size = self._kv.block_size
         if end > len(request.blocks) * block_size and not self._grow(request, plan, end):
             return 0
-        if end // block_size > request.num_chained:
-            self._kv.commit(request, min(end, len(request.token_ids)))
+        if (num_known := min(end, len(request.token_ids))) // block_size > request.num_chained:
+            self._kv.commit(request, num_known)
         assert request.row is not None
         plan.slices.append(Slice(request.row, start, length))
+        self._planned[-1].append((request, request.num_preemptions))
+        request.num_computed = end
+        if end >= len(request.token_ids) + request.num_in_flight:
+            request.num_in_flight += 1
         return length
 
     def _grow(self, request: Request, plan: StepPlan, num_tokens: int) -> bool:
@@ -232,7 +249,6 @@ class Scheduler:
         """Give back row and blocks of a request that ran."""
         assert request.row is not None
         self._kv.release(request)
-        self._rows[request.row] = None
         self._released.append(request.row)
         heapq.heappush(self._free_rows, request.row)
         request.row = None
@@ -241,7 +257,7 @@ class Scheduler:
         """Let the last of the running requests wait again; its tokens will be computed anew."""
         request = self._running.pop()
         self._vacate(request)
-        request.num_computed = 0
+        request.num_computed = request.num_in_flight = 0
         request.num_preemptions += 1
         request.draft.clear()
         insort(self._waiting, request, key=self._key)
@@ -277,8 +293,7 @@ class Scheduler:
                 self.stats.num_prefix_query_tokens += request.num_prompt
         request.num_computed = num_cached
         row = request.row = heapq.heappop(self._free_rows)
-        self._rows[row] = self._waiting.pop(0)
-        insort(self._running, request, key=self._key)
+        insort(self._running, self._waiting.pop(0), key=self._key)
         plan.admitted.append(
             Admission(
                 row, request.token_ids.copy(), request.num_prompt, request.params, request.seed
@@ -291,17 +306,20 @@ class Scheduler:
         """Append what was sampled for a request, and end it if that does."""
         is_first = len(request.token_ids) == request.num_prompt
         finish, num_kept = None, 0
+        request.num_in_flight -= 1
         token_ids = result.token_ids[row]
         for token_id in token_ids:
             num_kept += 1
             finish = request.finish_with(token_id, self._eos_token_ids, self._max_model_len)
             if finish is not None:
                 token_ids = token_ids[:num_kept]
+                self._kv.commit(request, len(request.token_ids))  # known later than planned
                 self._forget(request)  # before it is complete: `restart` must not find it
                 request.token_ids.append(token_id)
                 break
             request.token_ids.append(token_id)
-        request.num_computed = len(request.token_ids) - 1
+        if request.num_in_flight == 0:
+            request.num_computed = len(request.token_ids) - 1
         request.draft.clear()
         self.stats.num_generated_tokens += num_kept
         logprobs = result.logprobs.get(row)

@@ -23,8 +23,12 @@ except ModuleNotFoundError as error:
         raise
     triton = tl = None
 
-    def jit(function: Any) -> Any:
+    def jit(function: Any = None, **options: Any) -> Any:
         """The kernel stays what it is, and cannot be launched."""
-        return function
+        return function if function is not None else jit
 else:
     triton, tl, jit = _triton, _language, _triton.jit
+    if INTERPRETED:
+        from penstock.kernels.interpreter import mend
+
+        mend()

@@ -6,10 +6,11 @@ without it, Triton computes where it can: on a GPU, or through its interpreter.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -23,8 +24,9 @@ MODES = ("triton", "reference")
 _forced: str | None = None
 
 
+@functools.cache
 def triton_problem() -> str | None:
-    """Why no Triton kernel can run here; None if they can."""
+    """Why no Triton kernel can run here; None if they can. Settled when first asked."""
     if triton is None:
         return "Triton is not installed"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -38,9 +40,12 @@ def mode() -> str:
     Raises:
         ConfigError: `PENSTOCK_KERNELS` is neither, or asks for what cannot run.
     """
-    if _forced is not None:
-        return _forced
-    asked = os.environ.get("PENSTOCK_KERNELS", "")
+    return _forced or _resolved(os.environ.get("PENSTOCK_KERNELS", ""))
+
+
+@functools.cache  # an eager step asks some hundreds of times
+def _resolved(asked: str) -> str:
+    """The mode that the environment means with `asked`."""
     problem = triton_problem()
     if asked not in {"", *MODES}:
         raise ConfigError(f"`PENSTOCK_KERNELS` is `{asked}`; it must be `triton` or `reference`.")
@@ -89,3 +94,21 @@ class Op(Generic[P, R]):
 
 
 Sample = tuple[str, tuple[Any, ...], dict[str, Any], float]
+
+
+class Compilation(NamedTuple):
+    """One way to compile a kernel that an engine will need; tests compile it without a GPU.
+
+    Every parameter of the kernel is in one of the two dictionaries.
+    """
+
+    label: str
+    kernel: Any  # what `jit` returned
+    # "*bf16", "*fp32", "*i8", "*fp8e4nv", "i32", ...; with ":16" behind it, the address or the
+    # number is a multiple of 16, which is what wide accesses need and most launches give.
+    signature: dict[str, str]
+    constexprs: dict[str, Any]  # also what is None, and integers that are 1
+    num_warps: int = 4
+    num_stages: int = 3
+    lowest: int = 80  # compute capability below which it is not compiled; fp8 needs 89
+    wgmma: bool = False  # on Hopper it must multiply with warp groups

@@ -110,7 +110,7 @@ class Head(Layer, Protocol):
     """Scores of all token ids."""
 
     def __call__(self, hidden: Value) -> Value:
-        """Logits [L, V], float32, of hidden [L, size]."""
+        """Logits [L, V] of hidden [L, size]: float32, or on a GPU the model's own format."""
 
 
 class Toolkit(Protocol):

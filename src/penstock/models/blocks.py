@@ -130,5 +130,5 @@ class Decoder:
         return self.norm.add(residual, x)
 
     def logits(self, hidden: Value) -> Value:
-        """Scores of the next token, [L, V] float32, of hidden states [L, hidden]."""
+        """Scores of the next token, [L, V], of hidden states [L, hidden]."""
         return self.head(hidden)

@@ -1,17 +1,23 @@
 """From a directory to a model that runs, on the backend that is asked for.
 
-Owns the choice of backend. Imports torch only for the backend that needs it.
+Owns what each backend needs of the machine and of a model. Imports torch only for the backend that
+needs it, and only where there may be a GPU to find out whether there is one.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import final
 
 from penstock.errors import ConfigError
-from penstock.extras import explain
+from penstock.extras import explain, why_not
+from penstock.hardware import has_nvidia_device
+from penstock.layers import shards
 from penstock.models.base import Model
 from penstock.models.files import read_config
 from penstock.models.loader import LoadFormat
@@ -19,11 +25,84 @@ from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import NONE
 
 
+@final
+class Backends:
+    """What this machine can compute one model with: `penstock.engine.backends.Backends`.
+
+    Each backend is looked at when it is asked for, once.
+    """
+
+    def __init__(self, spec: ModelSpec, tensor_parallel_size: int = 1) -> None:
+        self._spec = spec
+        self._num_ranks = tensor_parallel_size
+        self._problems: dict[str, str | None] = {}
+
+    @property
+    def shows_gpu(self) -> bool:
+        """Whether the system shows a GPU, usable or not."""
+        return has_nvidia_device()
+
+    @cached_property
+    def num_gpus(self) -> int:
+        """GPUs that the triton backend can use; with none it computes on the CPU, if at all."""
+        if not self.shows_gpu:
+            return 0
+        try:
+            from penstock.kernels import gpu
+        except (ImportError, OSError):  # told by `problem`
+            return 0
+        return len(gpu.gpus()) if gpu.problem() is None else 0
+
+    def problem(self, name: str) -> str | None:
+        """Why the backend `native` or `triton` cannot compute the model here; None if it can."""
+        if name not in self._problems:
+            if name == "native":
+                self._problems[name] = native_problem(self._spec)
+            else:
+                self._problems[name] = device_problem(self._spec, self._num_ranks)
+        return self._problems[name]
+
+    def fp8_problem(self) -> str | None:
+        """Why the triton backend cannot compute with 8-bit floats here; None if it can."""
+        if not self.num_gpus:
+            return None  # references and the interpreter can
+        from penstock.kernels import gpu
+
+        return gpu.fp8_problem()
+
+
 def native_problem(spec: ModelSpec) -> str | None:
     """Why the native backend cannot compute such a model on this machine; None if it can."""
     from penstock.models import native_model
 
     return native_model.unsupported(spec)
+
+
+def device_problem(spec: ModelSpec, tensor_parallel_size: int = 1) -> str | None:
+    """Why the triton backend cannot compute such a model on this machine; None if it can.
+
+    Without a GPU it computes on the CPU if the environment says by whom: by the references in
+    plain torch (`PENSTOCK_KERNELS`), or by Triton's interpreter (`TRITON_INTERPRET`).
+    """
+    if problem := shards.problem(spec, tensor_parallel_size):
+        return problem
+    on_cpu = os.environ.get("PENSTOCK_KERNELS") or os.environ.get("TRITON_INTERPRET") == "1"
+    if not on_cpu and not has_nvidia_device():
+        return "there is no NVIDIA GPU; `PENSTOCK_KERNELS=reference` tries it on the CPU, slowly"
+    try:
+        from penstock.attention import paged
+        from penstock.kernels import gpu, op
+    except (ImportError, OSError) as error:
+        return why_not("torch", error)
+    if not on_cpu and (problem := gpu.problem()):
+        return problem
+    try:
+        op.mode()
+    except ConfigError as error:
+        return error.message
+    # With a format and a size of blocks that every backend has: they may still refuse the heads.
+    told = paged.available(spec, "bfloat16", 16, gpu.device())
+    return None if [] in told.values() else "; ".join(told["triton"])
 
 
 def load_model(

@@ -31,7 +31,7 @@ LoadFormat = Literal["auto", "dummy"]
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}  # as safetensors names them
 _NUM_TOLD = 20  # problems of one kind that an error lists
-_DUMMY_STD = 0.02
+DUMMY_STD = 0.02
 _SHOWN_AFTER_S = 1.0
 
 
@@ -64,7 +64,7 @@ def _draw(weights: list[Weight], seed: int) -> None:
         if len(weight.shape) > 1 and weight.duplicate_of is None:
             generator = np.random.default_rng((seed, zlib.crc32(weight.name.encode())))
             drawn = generator.standard_normal(weight.shape, np.float32)
-            drawn *= np.float32(_DUMMY_STD)
+            drawn *= np.float32(DUMMY_STD)
             data = drawn.reshape(-1).view(np.uint8)
             weight.load(StoredTensor(weight.name, "F32", weight.shape, data))
 

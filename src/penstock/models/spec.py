@@ -131,8 +131,9 @@ class ModelSpec:
         return tables + self.num_layers * block + self.num_vector_parameters
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one token takes in the KV store; int8 has a float32 scale for each vector."""
-        vector_bytes = self.head_dim + 4 if dtype == "int8" else self.head_dim * ITEM_BYTES[dtype]
+        """Bytes of one token in the KV store; int8 and fp8 have a float32 scale for each vector."""
+        is_scaled = dtype in {"int8", "fp8"}
+        vector_bytes = self.head_dim + 4 if is_scaled else self.head_dim * ITEM_BYTES[dtype]
         return self.num_layers * 2 * self.num_kv_heads * vector_bytes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from penstock import errors
-from penstock.errors import PenstockError
+from penstock.errors import EngineError, PenstockError
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
@@ -37,18 +37,21 @@ class ErrorReport(msgspec.Struct, frozen=True):
         )
 
     @classmethod
-    def of_death(cls, error: Exception) -> ErrorReport:
+    def of_death(cls, error: Exception, who: str = "The engine") -> ErrorReport:
         """EngineDead that names what stopped the engine, and where.
 
-        Without the exception's own words: clients read this, and they may quote a prompt.
+        Without the exception's own words: clients read this, and they may quote a prompt. Only an
+        EngineError tells its own: they are all written here.
         """
+        if isinstance(error, EngineError):
+            return cls.of(error)
         kind = type(error).__name__
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         path = "".join(
             f" in `{frame.name}` ({PurePath(frame.filename).name}:{frame.lineno})"
             for frame in reversed(frames)
         )
-        return cls("EngineDead", f"The engine stopped with `{kind}`{path}; its log says more.")
+        return cls("EngineDead", f"{who} stopped with `{kind}`{path}; its log says more.")
 
     @property
     def error(self) -> PenstockError:

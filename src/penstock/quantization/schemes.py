@@ -1,8 +1,9 @@
 """What `--quantization` means: the number format of every matrix, and of what it multiplies.
 
-Owns the names and the arithmetic of packed bytes. Quantizing and packing is done by the native
-library when a checkpoint is loaded. Imports neither torch nor the library.
-Invariant: `packed_bytes` is what the library takes (`tests/quantization/test_schemes.py`).
+Owns the names and the arithmetic of bytes. Quantizing and packing is done by the native library
+or by `quantization.device` when a checkpoint is loaded. Imports neither torch nor the library.
+Invariant: `packed_bytes` is what the library takes (`tests/quantization/test_schemes.py`), and
+`device_bytes` what the tensors on a GPU take (`tests/quantization/test_device.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ _COLUMNS = 64  # what columns are padded to
 _ALIGNMENT = 64
 _SCALE_BYTES = 4
 _INT4_BYTES = 512 + 16  # of 64 columns of a panel: values, then scales of groups
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+DEVICE_COLUMNS = 128  # what the columns of integer formats are padded to on a GPU
 
 
 class Format(NamedTuple):
@@ -21,11 +24,12 @@ class Format(NamedTuple):
 
     int8: a scale for each row. int4: a scale for each row and an integer factor of it, 0 to 15,
     for each group of columns, so that every weight is exactly an int8 one (QServe, Lin et al.
-    2024).
+    2024). fp8: float8_e4m3fn, a scale for each row, or for each square block of a group's size
+    (DeepSeek-V3, 2024).
     """
 
-    dtype: str  # float32, bfloat16, int8, int4
-    group_size: int = 0  # columns in a group of int4: 32 or 128
+    dtype: str  # float32, bfloat16, float16, int8, int4, fp8
+    group_size: int = 0  # columns in a group: 32 or 128 of int4, 0 or 128 of fp8
 
 
 class Scheme(NamedTuple):
@@ -33,7 +37,9 @@ class Scheme(NamedTuple):
 
     linear: Format  # of the matrices in its blocks
     table: Format  # of the embedding and the head
-    activation_bits: int  # what quantized matrices multiply: int8, a scale a token; 16: bfloat16
+    # What quantized matrices multiply. 8: int8 or fp8, a scale a token (blocks of fp8: a scale a
+    # token and group); 16: the model's own type.
+    activation_bits: int
 
 
 _INT8 = Format("int8")
@@ -48,12 +54,17 @@ _SCHEMES = {
     "int4-g128": Scheme(_INT4_G128, _INT8, 8),
     "int4-g128-a16": Scheme(_INT4_G128, _INT8, 16),
 }
+_FP8_GROUPS = {"fp8": 0, "fp8-block": 128}  # their tables stay in the model's dtype
 NONE = "none"
-NAMES = (NONE, *_SCHEMES)
+NATIVE_NAMES = (NONE, *_SCHEMES)
+DEVICE_NAMES = (NONE, *(name for name in _SCHEMES if name.endswith("-a16")), *_FP8_GROUPS)
+NAMES = (*NATIVE_NAMES, *_FP8_GROUPS)
 
 
 def scheme(name: str, dtype: str) -> Scheme:
-    """The scheme of that name, for a model that computes in `dtype` (float32 or bfloat16)."""
+    """The scheme of that name, for a model that computes in `dtype`."""
+    if name in _FP8_GROUPS:
+        return Scheme(Format("fp8", _FP8_GROUPS[name]), Format(dtype), 8)
     return Scheme(Format(dtype), Format(dtype), 16) if name == NONE else _SCHEMES[name]
 
 
@@ -65,9 +76,25 @@ def packed_bytes(form: Format, num_rows: int, num_columns: int) -> int:
     if form.dtype == "int4":
         panel_bytes = columns // _COLUMNS * _INT4_BYTES
     else:
-        panel_bytes = columns * _PANEL_ROWS * {"float32": 4, "bfloat16": 2, "int8": 1}[form.dtype]
+        panel_bytes = columns * _PANEL_ROWS * _ITEM_BYTES[form.dtype]
     scale_bytes = rows * _SCALE_BYTES if form.dtype in {"int8", "int4"} else 0
     return rows // _PANEL_ROWS * _up(panel_bytes, _ALIGNMENT) + scale_bytes
+
+
+def device_bytes(form: Format, num_rows: int, num_columns: int) -> int:
+    """Bytes of a matrix [num_rows, num_columns] on a GPU, as `quantization.device` lays it out."""
+    padded = _up(num_columns, DEVICE_COLUMNS)
+    match form.dtype:
+        case "int4":  # two to a byte, and a byte for every 32: the factor of their group
+            return num_rows * (padded // 2 + padded // 32 + _SCALE_BYTES)
+        case "int8":
+            return num_rows * (padded + _SCALE_BYTES)
+        case "fp8":
+            size = form.group_size
+            num_blocks = _up(num_rows, size) * _up(num_columns, size) // size**2 if size else 0
+            return num_rows * num_columns + (num_blocks or num_rows) * _SCALE_BYTES
+        case dtype:
+            return num_rows * num_columns * _ITEM_BYTES[dtype]
 
 
 def _up(number: int, unit: int) -> int:

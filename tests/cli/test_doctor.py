@@ -1,0 +1,103 @@
+"""`penstock doctor` on machines that lack something, or have something broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock import hardware
+from penstock.cli import doctor
+from penstock.kernels import gpu
+
+
+def run(**environment: str) -> dict[str, Any]:
+    """The report of a process of its own, in this environment."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.cli.main", "doctor", "--json"],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("raises", "told"),
+    [
+        (
+            "OSError('libcudart.so.12: cannot open shared object file')",
+            "torch is installed and cannot be imported: libcudart.so.12: cannot open shared",
+        ),
+        ("ModuleNotFoundError(name='torch')", "torch is not installed; pip install"),
+    ],
+)
+def test_a_broken_torch_is_a_line(raises: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(f"raise {raises}")
+    found = run(PYTHONPATH=str(tmp_path), PENSTOCK_KERNELS="reference")
+    for line in (found["backends"]["torch"], found["backends"]["triton"]):
+        assert line.startswith("cannot run: ")
+        assert told in line
+    assert set(found["attention on triton"]) == {"triton", "flashinfer"}
+    assert all(told in line for line in found["attention on triton"].values())
+
+
+def test_every_backend_says_why() -> None:
+    found = run()
+    assert list(found["backends"]) == ["triton", "native", "torch"]
+    assert set(found["attention on triton"]) == {"triton", "flashinfer"}
+    for lines in (found["backends"], found["attention on triton"]):
+        for line in lines.values():
+            assert line.startswith("runs") or len(line) > len("cannot run: "), line
+
+
+def test_triton_can_be_tried_out() -> None:
+    found = run(PENSTOCK_KERNELS="reference")
+    if found["GPUs"].get("none"):
+        told = found["backends"]["triton"]
+        assert told.startswith("runs on the CPU")
+        assert "reference kernels" in told
+    assert found["attention on triton"]["triton"].startswith("runs, KV cache in bfloat16, int8")
+    assert found["packages"]["triton"] != ""
+
+
+def test_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = gpu.Gpu("NVIDIA H200", 141 * 2**30, (9, 0))
+    monkeypatch.setattr(hardware, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(hardware, "nvidia_driver", lambda: "570.86.15")
+    monkeypatch.setattr(gpu, "gpus", lambda: [h200, h200])
+    monkeypatch.setattr(gpu, "problem", lambda: None)
+    assert doctor._gpus() == {
+        "driver": "570.86.15",
+        "cuda:0": "NVIDIA H200, 141.0 GiB, compute capability 9.0",
+        "cuda:1": "NVIDIA H200, 141.0 GiB, compute capability 9.0",
+    }
+
+    monkeypatch.setattr(gpu, "gpus", list)
+    monkeypatch.setattr(gpu, "problem", lambda: "the driver is too old")
+    assert doctor._gpus() == {"driver": "570.86.15", "none usable": "the driver is too old"}
+
+
+@pytest.mark.parametrize(
+    ("problems", "told"),
+    [
+        ({"bfloat16": [], "fp8": []}, "runs, KV cache in bfloat16, fp8"),
+        (
+            {"bfloat16": [], "fp8": ["the GPU is old", "so am I"]},
+            "runs, KV cache in bfloat16; not in fp8: the GPU is old; so am I",
+        ),
+        ({"bfloat16": ["a", "b"], "fp8": ["c"]}, "cannot run: a; b"),
+    ],
+)
+def test_formats_of_an_attention_backend(problems: dict[str, list[str]], told: str) -> None:
+    assert doctor._formats(problems) == told

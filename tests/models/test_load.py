@@ -1,0 +1,117 @@
+"""Which backends a machine has for a model, and that nobody imports torch to say that none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.models.configs import CONFIGS
+
+from penstock.models import load
+from penstock.models.load import Backends, device_problem
+from penstock.models.spec import ModelSpec
+
+SPEC = ModelSpec.from_hf(
+    CONFIGS["LlamaForCausalLM"]["mlp_bias"]
+    | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "has_nvidia_device", lambda: False)
+    for name in ("PENSTOCK_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_gpu_the_reason_names_what_to_try() -> None:
+    told = device_problem(SPEC)
+    assert told is not None
+    assert told.startswith("there is no NVIDIA GPU")
+    assert "PENSTOCK_KERNELS=reference" in told
+    assert Backends(SPEC).num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PENSTOCK_KERNELS", "reference"), ("TRITON_INTERPRET", "1")]
+)
+def test_the_environment_lets_it_run_on_the_cpu(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert device_problem(SPEC) is None
+    backends = Backends(SPEC)
+    assert backends.problem("triton") is None
+    assert (backends.num_gpus, backends.fp8_problem()) == (0, None)
+
+
+def test_a_wrong_word_in_the_environment_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_KERNELS", "cutlass")
+    assert "`PENSTOCK_KERNELS` is `cutlass`" in str(device_problem(SPEC))
+
+
+def test_heads_that_no_kernel_has_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
+    assert "`512`" in str(device_problem(replace(SPEC, head_dim=512)))
+
+
+def test_what_ranks_cannot_share_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
+    odd = replace(SPEC, num_heads=9, num_kv_heads=3, intermediate_size=90)
+    assert "cannot be shared by `2` ranks" in str(Backends(odd, 2).problem("triton"))
+    assert Backends(odd, 3).problem("triton") is None
+
+
+def test_a_device_that_torch_cannot_use_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU where torch is built for CPUs."""
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("torch is built with CUDA")
+    monkeypatch.setattr(load, "has_nvidia_device", lambda: True)
+    backends = Backends(SPEC)
+    assert backends.problem("triton") == f"torch {torch.__version__} is built without CUDA"
+    assert backends.num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("raises", "told"),
+    [
+        ("ModuleNotFoundError(name='torch')", "torch is not installed; pip install"),
+        ("OSError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
+    ],
+)
+def test_a_torch_that_cannot_be_imported_is_the_reason(
+    raises: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(f"raise {raises}")
+    code = (
+        "from penstock.models import load\n"
+        "from penstock.cli.doctor import _usual_model\n"
+        "load.has_nvidia_device = lambda: True\n"
+        "backends = load.Backends(_usual_model())\n"
+        "print(backends.num_gpus, backends.problem('triton'))\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("0 ")
+    assert told in done.stdout
+
+
+def test_nobody_imports_torch_to_find_no_gpu() -> None:
+    code = (
+        "import sys\n"
+        "from penstock.models import load\n"
+        "from penstock.cli.doctor import _usual_model\n"
+        "load.has_nvidia_device = lambda: False\n"
+        "backends = load.Backends(_usual_model())\n"
+        "assert backends.num_gpus == 0\n"
+        "assert backends.problem('triton')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env={}, check=False).returncode == 0
