@@ -32,7 +32,7 @@ def model_lines() -> int:
 @pytest.mark.parametrize(
     ("name", "lines", "cap"),
     [
-        ("engine", num_lines("engine"), 3600),  # this and the core: ADR 0009
+        ("engine", num_lines("engine"), 3700),  # this and the core: ADR 0009
         ("models", model_lines(), 2500),
         (
             "core",

@@ -40,7 +40,7 @@ def options() -> str:
 
 def backends() -> str:
     """Which backend has what: the table by which the engine refuses."""
-    from penstock.engine.backends import NAMES, has
+    from penstock.engine.backends import NAMES
     from penstock.engine.config import DTYPES, KV_CACHE_DTYPES
     from penstock.quantization import schemes
 
@@ -61,12 +61,21 @@ def backends() -> str:
         flag = f"--{name.replace('_', '-')}"
         for value in values:
             setting = f"`{flag}`" if value is True else f"`{flag} {value}`"
-            cells = [
-                "yes" if value in has(backend, "bfloat16").get(name, (value,)) else ""
-                for backend in NAMES
-            ]
+            cells = [_had(backend, name, value) for backend in NAMES]
             lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _had(backend: str, name: str, value: Any) -> str:
+    """Whether a backend has a value: whatever it computes in, only with one of these, or not."""
+    from penstock.engine.backends import has
+    from penstock.engine.config import DTYPES
+
+    dtypes = has(backend, "bfloat16").get("dtype", DTYPES[1:])
+    having = [dtype for dtype in dtypes if value in has(backend, dtype).get(name, (value,))]
+    if len(having) == len(dtypes):
+        return "yes"
+    return "as `--dtype` only" if having else ""
 
 
 def quantization() -> str:

@@ -13,8 +13,11 @@ from penstock.attention.paged import DeviceBatch, PagedLayer, TritonAttention, a
 from penstock.attention.pages import PAGE_DTYPES, SCALED, KVPages
 from penstock.errors import ConfigError
 from penstock.kernels import paged
+from penstock.kernels.chip import HOPPER
 from penstock.kernels.op import MODES, forced, triton_problem
 from penstock.kernels.paged import Case, case_tensors
+from penstock.kernels.paged_prefill import programs_at_once, schedule
+from penstock.models.device_footprint import SPLIT_K_BYTES
 from penstock.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -70,6 +73,7 @@ def expected(t: paged.Tensors, layer: PagedLayer) -> torch.Tensor:
 LAYERS = [
     PagedLayer(1, 0.25),
     PagedLayer(1, 0.3, window=9, soft_cap=4.0, sinks=torch.tensor([0.1, 2.0, -1.0, 0.5])),
+    PagedLayer(1, 0.2, window=900, sinks=torch.tensor([0.1, 2.0, -1.0, 0.5])),
 ]
 
 
@@ -88,13 +92,46 @@ def test_every_layer_of_any_batch(
         torch.testing.assert_close(out, expected(t, layer), rtol=1e-4, atol=1e-5)
 
 
+def test_long_contexts_of_few_new_tokens_are_shared(mode: str) -> None:
+    """Beside rows of one token, in every layer, with a window, a cap, and sinks."""
+    lengths, contexts = (1, 40, 1, 3, 20), (500, 1700, 2, 1100, 25)
+    q, t, batch = batch_of(Case("long", lengths, contexts), 300)
+    plan = batch.attention.plan(batch)
+    assert plan.num_shares == 9, "only the bound is known: 3 for each"
+    batch.contexts = list(contexts)
+    batch.meta = plan = batch.attention.plan(batch)
+    shares = [[1, 0, 0, 3], [1, 0, 1, 3], [1, 0, 2, 3], [3, 0, 0, 2], [3, 0, 1, 2]]
+    assert plan.work.tolist() == [*shares, [4, 0, 0, 1]]
+    assert plan.num_shares == 5
+    for layer in LAYERS:
+        out = batch.attention.forward(q, layer, batch)
+        torch.testing.assert_close(out, expected(t, layer), rtol=1e-4, atol=1e-5)
+        assert not plan.counters.any()
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_plan_of_memory_has_room_for_shares(head_dim: int, num_kv_heads: int) -> None:
+    chip = HOPPER._replace(multiprocessors=160)
+    for block_m in (64, 128):
+        programs = programs_at_once(block_m, head_dim, num_kv_heads, chip)
+        for rows, context in ((1, 131072), (7, 131072), (40, 131072), (3, 9000)):
+            lengths, contexts = [2] * rows, [context - 7 * row for row in range(rows)]
+            num_shares = schedule(lengths, contexts, block_m, programs)[1]
+            num_bytes = num_shares * num_kv_heads * block_m * (head_dim + 1) * 4
+            assert 0 < num_bytes <= SPLIT_K_BYTES or rows > 1
+
+
 def test_a_plan_makes_tiles_of_prompts_and_lists_the_other_rows() -> None:
     _, _, batch = batch_of(Case("plan", (1, 70, 1, 2), (4, 70, 9, 2)), 10)
     plan = batch.attention.plan(batch)
     assert plan.decode_rows.tolist() == [0, 2]
-    found = list(zip(plan.tile_rows.tolist(), plan.tile_starts.tolist(), strict=True))
     assert plan.block_m == 128
-    assert found == [(1, 64), (3, 0), (1, 0)], "64 tokens of two heads a tile"
+    assert plan.num_shares == 0
+    batch.contexts = [4, 70, 9, 2]
+    plan = batch.attention.plan(batch)
+    tiles = [[1, 64, 0, 1], [1, 0, 0, 1], [3, 0, 0, 1]]
+    assert plan.work.tolist() == tiles, "64 tokens of two heads a tile"
     assert len(plan.counters) >= 2 * 2
     assert not plan.counters.any()
 
@@ -103,6 +140,8 @@ def test_a_captured_plan_serves_later_contexts(mode: str) -> None:
     """The tensors stay, what is in them changes; the plan is not made again."""
     case = Case("captured", (1, 1, 1), (300, 40, 17))
     q, t, batch = batch_of(case, 40)
+    for pages in (batch.kv.key(1), batch.kv.value(1)):  # tokens there will be later
+        pages.nan_to_num_(0.5, 0.5)
     batch.max_context_len = 600
     batch.meta = batch.attention.capture(batch)
     layer = LAYERS[1]

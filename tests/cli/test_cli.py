@@ -198,6 +198,10 @@ def test_errors_are_a_sentence_and_a_hint() -> None:
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
     unreachable = penstock("chat", "Hello!", "--url", "http://127.0.0.1:9")
+    with_engine = penstock("chat", "Hello!", "--url", "http://127.0.0.1:9", "--block-size", "8")
+    assert "`--block-size` is for an engine in this process, and `--url`" in with_engine.stderr
+    wrong = penstock("chat", "Hello!", "--max-model-len", "100000")
+    assert wrong.stderr.startswith("error: `max_model_len` is `100000`, more than")
     assert "does not answer" in unreachable.stderr
     assert penstock("chat", "x", "--temperature", "-1").stderr.startswith("error: `temperature`")
     assert penstock("serve", "--no-such-option").returncode == 2
@@ -242,7 +246,8 @@ def test_without_library_and_torch_the_error_says_why_torch_is_needed(tmp_path: 
 
 def test_doctor_tries_what_the_native_backend_needs(tmp_path: Path) -> None:
     found = json.loads(penstock_without("numpy", tmp_path, "doctor", "--json").stdout)
-    assert found["backends"]["native"].startswith("cannot run: numpy is not installed")
+    assert found["backends"]["native"]["runs"] is False
+    assert found["backends"]["native"]["detail"].startswith("numpy is not installed")
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -266,24 +271,36 @@ def test_what_a_variable_asks_for_is_had_or_refused(name: str, value: str, backe
     assert done.stderr.startswith(f"error: `{name}` is `{value}`")
     doctor = [sys.executable, "-m", "penstock.cli.main", "doctor", "--json"]
     told = subprocess.run(doctor, env=environment, capture_output=True, check=True).stdout
-    assert f"cannot run: `{name}` is" in json.loads(told)["backends"]["native"]
+    native = json.loads(told)["backends"]["native"]
+    assert native["runs"] is False
+    assert f"`{name}` is" in native["detail"]
 
 
 def test_doctor_tells_the_same_twice() -> None:
     runner = CliRunner()
     found = json.loads(runner.invoke(cli, ["doctor", "--json"]).stdout)
     assert found["packages"]["torch"].startswith("2.")
-    assert found["backends"]["torch"].startswith("runs")
+    assert found["backends"]["torch"]["runs"] is True
     native = found["backends"]["native"]
-    assert native.startswith("cannot run: " if library.unavailable_reason() else "runs, ")
+    assert native["runs"] == (library.unavailable_reason() is None)
     assert "brook" in found["built-in models"]
     text = runner.invoke(cli, ["doctor"]).stdout
     for section in found:
         assert section in text
+    begin = "runs " if native["runs"] else "cannot run: "
+    assert f"  native                 {begin}{native['detail']}\n" in text
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("5", 5), ("4GiB", 2**32), ("1.5 kib", 1536), ("2 MB", 2_000_000)]
+    ("text", "number"),
+    [
+        ("5", 5),
+        ("4GiB", 2**32),
+        ("1.5 kib", 1536),
+        ("2 MB", 2_000_000),
+        ("2TiB", 2**41),
+        ("1 TB", 10**12),
+    ],
 )
 def test_bytes(text: str, number: int) -> None:
     assert Bytes().convert(text, None, None) == number

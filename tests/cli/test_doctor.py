@@ -46,10 +46,10 @@ def test_a_broken_torch_is_a_line(raises: str, told: str, tmp_path: Path) -> Non
     (tmp_path / "torch.py").write_text(f"raise {raises}")
     found = run(PYTHONPATH=str(tmp_path), PENSTOCK_KERNELS="reference")
     for line in (found["backends"]["torch"], found["backends"]["triton"]):
-        assert line.startswith("cannot run: ")
-        assert told in line
+        assert line["runs"] is False
+        assert told in line["detail"]
     assert set(found["attention on triton"]) == {"triton", "flashinfer"}
-    assert all(told in line for line in found["attention on triton"].values())
+    assert all(told in line["detail"] for line in found["attention on triton"].values())
 
 
 def test_every_backend_says_why() -> None:
@@ -58,16 +58,34 @@ def test_every_backend_says_why() -> None:
     assert set(found["attention on triton"]) == {"triton", "flashinfer"}
     for lines in (found["backends"], found["attention on triton"]):
         for line in lines.values():
-            assert line.startswith("runs") or len(line) > len("cannot run: "), line
+            assert set(line) == {"runs", "detail"}
+            assert type(line["runs"]) is bool
+            assert line["detail"]
+
+
+def test_the_first_import_of_torch_is_timed() -> None:
+    told = run(PENSTOCK_KERNELS="reference")["backends"]["torch"]["detail"]
+    assert float(told.rpartition("loads in ")[2].rstrip(" s")) > 0.1
+
+
+def test_a_wrong_word_in_the_environment_stops_all_of_triton() -> None:
+    found = run(PENSTOCK_KERNELS="nonsense")
+    for line in (found["backends"]["triton"], *found["attention on triton"].values()):
+        assert line["runs"] is False
+        assert "`nonsense`; it must be `triton` or `reference`; unset" in line["detail"]
 
 
 def test_triton_can_be_tried_out() -> None:
     found = run(PENSTOCK_KERNELS="reference")
-    if found["GPUs"].get("none"):
-        told = found["backends"]["triton"]
-        assert told.startswith("runs on the CPU")
-        assert "reference kernels" in told
-    assert found["attention on triton"]["triton"].startswith("runs, KV cache in bfloat16, int8")
+    triton = found["backends"]["triton"]
+    assert triton["runs"] is True
+    if not found["GPUs"]:
+        assert triton["detail"].startswith("on the CPU")
+        assert "reference kernels" in triton["detail"]
+    attention = found["attention on triton"]["triton"]
+    assert attention["runs"] is True
+    formats = "float32, bfloat16, float16, int8"
+    assert attention["detail"].startswith(f"with a KV cache in {formats}")
     assert found["packages"]["triton"] != ""
 
 
@@ -77,27 +95,31 @@ def test_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "nvidia_driver", lambda: "570.86.15")
     monkeypatch.setattr(gpu, "gpus", lambda: [h200, h200])
     monkeypatch.setattr(gpu, "problem", lambda: None)
-    assert doctor._gpus() == {
-        "driver": "570.86.15",
-        "cuda:0": "NVIDIA H200, 141.0 GiB, compute capability 9.0",
-        "cuda:1": "NVIDIA H200, 141.0 GiB, compute capability 9.0",
-    }
+    found = doctor._gpus()
+    one = {"name": "NVIDIA H200", "memory_bytes": 141 * 2**30, "compute_capability": "9.0"}
+    assert found == [one, one]
+    assert [(name, doctor._text(value)) for name, value in doctor._named(found)] == [
+        ("cuda:0", "NVIDIA H200, 141.0 GiB, compute capability 9.0"),
+        ("cuda:1", "NVIDIA H200, 141.0 GiB, compute capability 9.0"),
+    ]
+    assert doctor._driver() == "570.86.15"
 
     monkeypatch.setattr(gpu, "gpus", list)
-    monkeypatch.setattr(gpu, "problem", lambda: "the driver is too old")
-    assert doctor._gpus() == {"driver": "570.86.15", "none usable": "the driver is too old"}
+    assert doctor._gpus() == []
+    ((name, _),) = doctor._named([])
+    assert name == "none"
 
 
 @pytest.mark.parametrize(
     ("problems", "told"),
     [
-        ({"bfloat16": [], "fp8": []}, "runs, KV cache in bfloat16, fp8"),
+        ({"bfloat16": [], "fp8": []}, "runs with a KV cache in bfloat16, fp8"),
         (
-            {"bfloat16": [], "fp8": ["the GPU is old", "so am I"]},
-            "runs, KV cache in bfloat16; not in fp8: the GPU is old; so am I",
+            {"bfloat16": [], "int8": ["b"], "fp8": ["a", "b"], "float32": ["b"]},
+            "runs with a KV cache in bfloat16; not in int8, float32: b; not in fp8: a; b",
         ),
-        ({"bfloat16": ["a", "b"], "fp8": ["c"]}, "cannot run: a; b"),
+        ({"bfloat16": ["a", "b"], "fp8": ["a", "b", "c"]}, "cannot run: a; b"),
     ],
 )
 def test_formats_of_an_attention_backend(problems: dict[str, list[str]], told: str) -> None:
-    assert doctor._formats(problems) == told
+    assert doctor._text(doctor._formats(problems)._asdict()) == told

@@ -1,13 +1,16 @@
 """A runner without a model whose tokens need every rank: each adds what it knows of the row.
 
 A rank that missed a plan, or applied it otherwise, adds something else, and the tokens are wrong.
-The model's path says how loading goes, two tokens how a step goes.
+The model's path says how loading goes, two tokens how a step goes, and a variable of the
+environment how another rank than the first ends while they meet.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,8 +22,10 @@ from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.state import DeviceState
 from penstock.errors import WeightMismatch
 from penstock.parallel.distributed import Distributed, PeerLost
+from penstock.protocol.frames import frame
 
 VOCAB = 1000
+UNMET = "PENSTOCK_TEST_UNMET"
 RAISE, INTERRUPT = 990, 991  # the last token of a row, when it is computed
 
 
@@ -87,6 +92,13 @@ def make(
         print("out of luck", file=sys.stderr)
         sys.stderr.flush()
         os._exit(3)
+    if path.name == "leaves" and group.rank == 1:  # somebody who keeps its output open
+        left = subprocess.Popen(["sleep", "30"])
+        print("left", left.pid, flush=True)
+        os._exit(3)
+    if path.name == "garbles" and group.rank == 1:
+        with socket.socket(fileno=os.dup(int(sys.argv[1]))) as connection:
+            connection.sendall(frame({"type": "Nonsense"}))
     if path.name == "loses" and group.rank == 1:  # and nobody knows whom
         raise PeerLost("Rank `1` lost the others.")
     if path.name == "sleeps":
@@ -95,3 +107,23 @@ def make(
         group.all_reduce(torch.ones(1, device=group.device))
     state = DeviceState(config.max_num_seqs, config.context_len, config.block_size)
     return FakeRunner(state, group)
+
+
+def fail(*_: object) -> None:
+    """As CUDA does where a device cannot be taken."""
+    raise RuntimeError("CUDA error: device busy")
+
+
+def die(*_: object) -> None:
+    """As the kernel does where memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "penstock.engine.rank_worker" in sys.orig_argv:
+    match os.environ.get(UNMET):
+        case "no device":
+            Distributed.__init__ = fail  # type: ignore[assignment]
+        case "fails":
+            Distributed.join = fail  # type: ignore[assignment]
+        case "dies":
+            Distributed.join = die  # type: ignore[assignment]

@@ -200,6 +200,8 @@ class Engine:
         if not scheduler._waiting or not scheduler._free_rows or num_left == 0:
             return
         head = scheduler._waiting[0]
+        if head.num_in_flight:
+            return  # it is not known yet how much it needs
         num_needed, num_free = -(-head.num_tokens // size), cache.num_free
         node: int | str = head.salt
         for start in range(0, (head.num_tokens - 1) // size * size, size):

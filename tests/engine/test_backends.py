@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.engine.helpers_backends import FakeBackends
 
+from penstock.attention import paged
 from penstock.engine import backends as table
 from penstock.engine.backends import NAMES, choose, passed_over
 from penstock.engine.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
@@ -61,6 +62,21 @@ def test_without_a_gpu_nobody_asks_for_triton() -> None:
     assert "triton" not in machine.asked
 
 
+def test_a_wish_of_the_environment_is_not_passed_over() -> None:
+    """With a GPU there, what is said to compute on it and cannot be had ends the start."""
+
+    class Wrong(FakeBackends):
+        def problem(self, name: str) -> str | None:
+            if name == "triton":
+                raise ConfigError("`PENSTOCK_KERNELS` is `cutlass`.")
+            return None
+
+    for num_gpus in (0, 1):
+        with pytest.raises(ConfigError, match="cutlass"):
+            choose("auto", Wrong(num_gpus=num_gpus, shows_gpu=True))
+    assert choose("auto", Wrong()) == "native"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_who_is_asked_for_computes(name: str) -> None:
     assert choose(name, ALL) == name
@@ -71,6 +87,10 @@ def test_who_cannot_is_refused_with_the_reason(name: str, other: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}`, which cannot be used: a reason") as error:
         choose(name, FakeBackends(**{name: "a reason"}))
     assert f"`--backend {other}`" in str(error.value.hint)
+    told = FakeBackends(**{name: "a reason"}, remedies={name: "do this"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as error:
+        choose(name, told)
+    assert error.value.hint == "do this"
 
 
 def test_why_a_better_backend_was_not_chosen() -> None:
@@ -94,7 +114,10 @@ def test_a_setting_is_had_or_refused(backend: str, name: str, value: Any, owners
     if backend in owners:
         assert getattr(resolve(GPU, backend=backend, **{name: value}), name) == value
         return
-    with pytest.raises(ConfigError, match=f"`{name}` is `{value}`, which only the") as error:
+    why = "which only the"
+    if (backend, name) == ("torch", "kv_cache_dtype"):
+        why = "and the torch backend has it as `dtype` only, `bfloat16`"
+    with pytest.raises(ConfigError, match=f"`{name}` is `{value}`, {why}") as error:
         resolve(GPU, backend=backend, **{name: value})
     hint = str(error.value.hint)
     named = hint.rpartition("--backend ")[2].rstrip("`")
@@ -120,10 +143,26 @@ def test_every_value_of_every_choice_has_an_owner() -> None:
 def test_a_refusal_says_why_the_owner_would_not_do() -> None:
     with pytest.raises(ConfigError, match="`quantization` is `fp8`, which only") as error:
         resolve(FakeBackends(triton="no GPU"), quantization="fp8")
-    assert error.value.hint == "leave it out, or see to the triton backend: no GPU"
+    assert error.value.hint == "leave it out; triton cannot run here: no GPU"
     with pytest.raises(ConfigError, match="only the backends triton and native have") as error:
-        resolve(FakeBackends(triton="no GPU"), backend="torch", kv_cache_dtype="int8")
+        resolve(FakeBackends(triton="no GPU"), backend="torch", quantization="int8-a16")
     assert error.value.hint == "leave it out, or use `--backend native`"
+    remedies = {"triton": "buy one"}
+    with pytest.raises(ConfigError) as error:
+        resolve(FakeBackends(triton="no GPU", remedies=remedies), tensor_parallel_size=2)
+    assert error.value.hint == "leave it out; triton cannot run here: no GPU; buy one"
+
+
+def test_blocks_that_attention_has_not_are_refused() -> None:
+    """But by FlashInfer, which is looked at when it is there."""
+    assert table.MAX_BLOCK_SIZE == paged.MAX_BLOCK_SIZE
+    for attention in ("auto", "triton"):
+        assert resolve(GPU, block_size=256, attention_backend=attention).block_size == 256
+        with pytest.raises(ConfigError, match="`block_size` is `257`, and attention on") as error:
+            resolve(GPU, block_size=257, attention_backend=attention)
+        assert error.value.hint == "use `--block-size 256` or less"
+    assert resolve(GPU, block_size=512, attention_backend="flashinfer").block_size == 512
+    assert resolve(ALL, block_size=512).backend == "native"
 
 
 def test_ranks_need_a_gpu_each() -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -20,9 +21,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import penstock
-from penstock.engine.client import EngineClient, ThreadClient, merge
+from penstock.engine.client import EngineClient, StreamingClient, ThreadClient, merge
 from penstock.engine.config import EngineConfig
-from penstock.engine.loop import Abort, EngineLoop, Stop, Submit, Update
+from penstock.engine.loop import Abort, Command, EngineLoop, Stop, Submit, Update
 from penstock.engine.process import ProcessClient
 from penstock.errors import (
     ConfigError,
@@ -35,6 +36,7 @@ from penstock.errors import (
 )
 from penstock.types import (
     EngineRequest,
+    EngineStats,
     FinishReason,
     SamplingParams,
     TokenEvent,
@@ -253,6 +255,46 @@ def test_an_error_in_a_step_ends_every_request_with_its_cause(make_client: MakeC
     drive(make_client, body)
 
 
+class Mute(StreamingClient):
+    """An engine that hears all and says nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started(FakeCore(EngineConfig(model="ok")).info, EngineStats())
+
+    def _send(self, command: Command) -> None:
+        pass
+
+    def say(self, token_ids: list[int], finish: FinishReason | None = None) -> None:
+        event = TokenEvent("a", token_ids, Usage(1, 0, 1, 0.0), finish)
+        self._update(Update([event], {}, EngineStats()))
+
+
+def test_what_an_engine_owes() -> None:
+    async def body() -> None:
+        client = Mute()
+
+        def owes() -> bool:
+            before_s = client.owed_since_s
+            time.sleep(0.001)
+            return client.owed_since_s == before_s
+
+        assert not owes()
+        stream = client.generate(ask("a", [1], None))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        assert owes()
+        client.say([5])
+        assert not owes()  # who has had a token may take his time
+        await first
+        await stream.aclose()
+        assert owes()  # the end, of which nobody will hear
+        client.say([], FinishReason.ABORT)
+        assert not owes()
+
+    asyncio.run(body())
+
+
 def test_an_idle_engine_that_can_serve_no_more_says_so() -> None:
     """As when another rank dies: nobody has to ask first."""
 
@@ -425,7 +467,7 @@ def test_an_abort_before_a_step_is_done_before_it() -> None:
 class Ask(NamedTuple):
     prompt: list[int]
     params: SamplingParams
-    abort_after: int | None  # events
+    abort_after: int | None  # events; with 0 it is aborted whatever the engine's pace
     delay_s: float
 
 
@@ -458,6 +500,14 @@ async def answer(
     request = EngineRequest(request_id=request_id, prompt_token_ids=one.prompt, params=one.params)
     await asyncio.sleep(one.delay_s)
     num_events, finish = 0, None
+    if one.abort_after == 0:
+        first = asyncio.ensure_future(anext(aiter(client.generate(request))))
+        await asyncio.sleep(0)  # it is sent now, and cannot have been answered
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        totals["aborts"] += 1
+        return token_ids, finish
     async for event in client.generate(request):
         token_ids += event.token_ids
         num_events, finish = num_events + 1, event.finish
@@ -482,6 +532,7 @@ def check_answers(
     @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(asks(), min_size=1, max_size=8))
     @example([Ask([i] * 20, SamplingParams(max_tokens=24, seed=i), None, 0.0) for i in range(6)])
+    @example([Ask([1, 2], SamplingParams(max_tokens=9, seed=0), after, 0.0) for after in (0, None)])
     def check(batch: list[Ask]) -> None:
         for one, (found, finish) in zip(batch, runner.run(all_answers(batch)), strict=True):
             assert one.params.seed is not None

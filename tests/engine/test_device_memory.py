@@ -10,8 +10,10 @@ import pytest
 import torch
 from tests.models.helpers_live import LiveBytes
 
+from penstock.attention import flashinfer, paged
+from penstock.engine.backends import MAX_BLOCK_SIZE
 from penstock.engine.build import make_runner
-from penstock.engine.config import EngineConfig
+from penstock.engine.config import KV_CACHE_DTYPES, EngineConfig
 from penstock.engine.memory import (
     MASK_BYTES,
     SHAPED_BYTES,
@@ -27,6 +29,7 @@ from penstock.models.device_footprint import (
     scratch_bytes,
     table_bytes,
 )
+from penstock.models.device_model import Share
 from penstock.models.files import read_config
 from penstock.models.load import Backends
 from penstock.models.spec import ITEM_BYTES, ModelSpec
@@ -111,6 +114,33 @@ def test_shaping_takes_what_is_planned(
     masks = num_rows * vocab_size * MASK_BYTES
     # A quarter is for what sorting takes on a GPU, which no tensor shows.
     assert piece // 4 < live.peak - masks <= piece * SHAPED_BYTES * 3 // 4 + 2**16
+
+
+def test_what_no_graph_computes_is_not_planned_for_graphs(checkpoint: Path) -> None:
+    """Beyond 512 rows their logits and their number stay what they are."""
+    settings = {"num_blocks": 20, "max_num_batched_tokens": 2000}
+    kept = []
+    for num_rows in (512, 513, 2000):
+        _, graphs = resolved(checkpoint, max_num_seqs=num_rows, **settings)
+        _, eager = resolved(checkpoint, max_num_seqs=num_rows, enforce_eager=True, **settings)
+        kept.append(graphs.workspace_bytes - eager.workspace_bytes)
+    assert kept[0] == kept[1] == kept[2] > 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES[1:])
+def test_auto_is_never_flashinfer(kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is why its workspace is planned only where it is asked for by name."""
+    monkeypatch.setattr(flashinfer, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu, "fp8_problem", lambda: None)
+    device, num_able = torch.device("cuda"), 0
+    for head_dim in range(1, 300):
+        for heads in ((32, 8), (7, 7), (6, 4)):
+            for block_size in (1, 16, 100, MAX_BLOCK_SIZE):  # what the engine lets through
+                shape = Share(*heads, head_dim)
+                told = paged.available(shape, kv_cache_dtype, block_size, device)
+                assert told["flashinfer"] or not told["triton"]
+                num_able += told["flashinfer"] == []
+    assert (num_able > 0) == (kv_cache_dtype in ("bfloat16", "float16"))
 
 
 def test_logits_are_planned_for_every_use(checkpoint: Path) -> None:

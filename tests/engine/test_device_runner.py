@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from test_engine_exact import BASES, EVENTS, play, stress
 from penstock.engine.core import EngineCore
 from penstock.kernels.gpu import device
 from penstock.kernels.op import forced
+from penstock.models.graphs import DecodeGraphs
 from penstock.types import EngineRequest, SamplingParams
 
 
@@ -65,6 +67,35 @@ def test_a_step_in_flight_changes_no_token(checkpoint: Path) -> None:
 def test_cut_anywhere_with_a_step_in_flight(checkpoint: Path, oracle: Oracle) -> None:
     tiny = TinyModel(checkpoint, backend="triton", depth=1)
     test_interrupted.test_cut_at_every_layer_of_every_step(tiny, oracle)
+
+
+def test_steps_of_more_rows_than_any_graph_are_eager(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With graphs up to two rows, three requests decode eagerly, and when one ends, as a graph."""
+    replayed: list[int] = []
+    replay = DecodeGraphs.replay
+
+    def counted(self: DecodeGraphs, padded: list[Any]) -> torch.Tensor:
+        replayed.append(len(padded[0]))
+        return replay(self, padded)
+
+    monkeypatch.setattr(DecodeGraphs, "replay", counted)
+    asked = [replace(one, params=replace(one.params, max_tokens=8)) for one in requests(12)[:2]]
+    asked.append(requests(12)[2])
+    found = {}
+    for limit in (512, 2, 0):  # 0: no graphs
+        monkeypatch.setattr("penstock.models.device_footprint.MAX_GRAPH_ROWS", limit or 512)
+        tiny = TinyModel(checkpoint, backend="triton", depth=1, enforce_eager=not limit)
+        core = tiny.core(block_size=3, num_blocks=64)
+        replayed.clear()
+        found[limit] = {name: out.token_ids for name, out in run(core, asked).items()}
+        if limit == 2:
+            assert set(replayed) == {1}, "rows that were two or less"
+        else:
+            assert (max(replayed, default=0) > 2) == (limit == 512)
+    assert found[512] == found[2] == found[0]
+    assert len(found[2]["2"]) == 12
 
 
 # -- nobody waits --------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from penstock.engine import memory
 from penstock.engine.config import EngineConfig
 from penstock.engine.memory import MemoryPlan, available_bytes, check_rank, plan_memory
 from penstock.errors import NotEnoughMemory
+from penstock.models.device_footprint import GROUP_BYTES
 from penstock.models.footprint import NATIVE_BYTES, TORCH_BYTES
 from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import packed_bytes, scheme
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 CHECKPOINT: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -184,6 +185,34 @@ def test_without_graphs_there_is_no_memory_for_them() -> None:
     assert "graphs" not in "\n".join(eager.lines)
 
 
+def test_bytes_that_are_given_hold_the_block_for_padding() -> None:
+    found = on_gpus(16 * GIB, kv_cache_memory_bytes=GIB)
+    assert found.kv_bytes + found.block_bytes <= GIB < found.kv_bytes + 2 * found.block_bytes
+    needed = 2048 // 16 + 1
+    block_bytes = 16 * KV_BYTES
+    assert on_gpus(16 * GIB, kv_cache_memory_bytes=needed * block_bytes).num_blocks == needed - 1
+    for too_little in (1, needed * block_bytes - 1):
+        with pytest.raises(NotEnoughMemory) as error:
+            on_gpus(16 * GIB, kv_cache_memory_bytes=too_little)
+        assert f"`--kv-cache-memory-bytes {needed * block_bytes}` or more" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [
+        (0, "    0.00 MiB"),
+        (2**30 - 1, " 1024.00 MiB"),
+        (5 * 2**30, "    5.00 GiB"),
+        (1023 * 2**30, " 1023.00 GiB"),
+        (3 * 2**39, "    1.50 TiB"),
+        (10**5 * 2**40, "1.00e+05 TiB"),
+        (2**80, "1.10e+12 TiB"),
+    ],
+)
+def test_sizes_have_a_column(num_bytes: int, told: str) -> None:
+    assert memory._size(num_bytes) == told
+
+
 def test_each_rank_has_its_share() -> None:
     one, four, eight = (
         on_gpus(16 * GIB, tensor_parallel_size=size, num_blocks=200) for size in (1, 4, 8)
@@ -191,8 +220,10 @@ def test_each_rank_has_its_share() -> None:
     assert four.block_bytes == one.block_bytes // 4
     assert eight.block_bytes == four.block_bytes, "four heads of keys and values, each held twice"
     assert one.weight_bytes // 4 < four.weight_bytes < one.weight_bytes // 4 * 1.01
-    assert "a share of 1/4" in four.lines[0]
+    assert four.lines[0] == "ranks      4, each of which takes:"
+    assert "parameters in bfloat16, its share of them" in four.lines[1]
     assert "on each GPU" in four.lines[-1]
+    assert not any("ranks" in line or "share" in line for line in one.lines)
 
 
 def test_tried_out_on_a_cpu_it_takes_half_of_what_is_left() -> None:
@@ -229,20 +260,42 @@ def test_the_share_of_a_gpu_is_of_what_is_free(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_rank_whose_gpu_has_less_free_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less by a little, and by what the group has taken, is in the share that is left unused."""
     from penstock.kernels import gpu
 
-    free = {0: 5 * GIB, 1: 5 * GIB, 2: 4 * GIB}
+    free = {0: 5 * GIB}
     monkeypatch.setattr(gpu, "device", lambda rank: rank)
     monkeypatch.setattr(gpu, "memory_bytes", lambda rank: (free[rank], 5 * GIB))
-    config = EngineConfig(model="m", backend="triton", tensor_parallel_size=4).resolve(
-        max_context_len=2048, checkpoint_dtype="bfloat16", backends=FakeBackends(num_gpus=4)
-    )
+    config = EngineConfig(
+        model="m", backend="triton", tensor_parallel_size=4, max_num_seqs=512
+    ).resolve(max_context_len=2048, checkpoint_dtype="bfloat16", backends=FakeBackends(num_gpus=4))
     first = plan_memory(SPEC, config, available_bytes(config, 0))
-    check_rank(SPEC, config, first.num_blocks, 1)
-    spare = 5 * GIB * 9 // 10 - first.total_bytes
-    free[2] = 5 * GIB - spare * 10 // 9 - GIB // 10
-    with pytest.raises(NotEnoughMemory, match="does not fit"):
+    assert 0 <= first.available_bytes - first.total_bytes < first.block_bytes
+    for less in (0, MIB, 300 * MIB):
+        free[1] = 5 * GIB - less
+        check_rank(SPEC, config, first.num_blocks, 1)
+    needed = first.total_bytes - GROUP_BYTES  # which the group has taken already
+    free[2] = needed
+    check_rank(SPEC, config, first.num_blocks, 2)
+    for less in (1, 10 * first.block_bytes):
+        free[2] = needed - less
+        with pytest.raises(NotEnoughMemory, match="The GPU of rank `2` has no room") as error:
+            check_rank(SPEC, config, first.num_blocks, 2)
+        text, hint = str(error.value), str(error.value.hint)
+        for line in (
+            rf"KV cache +[\d.]+ GiB = {first.num_blocks:,} \+ 1 blocks",
+            rf"total +{first.total_bytes / GIB:.2f} GiB: the group has +256.00 MiB of it now",
+            rf"free +{free[2] / GIB:.2f} GiB: {less / MIB:.2f} MiB too little",
+        ):
+            assert re.search(line, text), text
+        fits = re.search(r"`--num-blocks (\d+)` or less", hint)
+        assert fits, hint
+        assert int(fits[1]) == first.num_blocks - -(-less // first.block_bytes)
+        check_rank(SPEC, config, int(fits[1]), 2)
+    free[2] = first.weight_bytes
+    with pytest.raises(NotEnoughMemory) as error:
         check_rank(SPEC, config, first.num_blocks, 2)
+    assert error.value.hint == "free memory on the GPU of rank `2`"
 
 
 def test_ranks_on_the_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +303,15 @@ def test_ranks_on_the_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert available_bytes(EngineConfig(model="m", tensor_parallel_size=4)) == 2 * GIB
 
 
-@pytest.mark.parametrize("settings", [{}, {"tensor_parallel_size": 2}, {"num_blocks": 5000}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tensor_parallel_size": 2},
+        {"num_blocks": 5000},
+        {"kv_cache_memory_bytes": 10 * GIB, "max_model_len": 64},
+    ],
+)
 @pytest.mark.parametrize("available", [3 * GIB, 4 * GIB, 12 * GIB])
 def test_a_plan_for_gpus_fits_or_its_hint_does(available: int, settings: dict[str, int]) -> None:
     hint = ""

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import penstock
+from penstock.engine import client as client_module
 from penstock.engine import process
 from penstock.engine.config import EngineConfig
 from penstock.engine.process import ProcessClient
@@ -79,7 +80,12 @@ def frame_of(payload: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("sudden", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_child_ends_every_request_with_the_cause(sudden: signal.Signals) -> None:
+def test_a_killed_child_ends_every_request_with_the_cause(
+    sudden: signal.Signals, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(client_module.logger, "propagate", False)
+
     async def main() -> None:
         client = make_client()
         await client.start()
@@ -96,6 +102,8 @@ def test_a_killed_child_ends_every_request_with_the_cause(sudden: signal.Signals
         assert sudden.name in str(client.dead)  # the first cause stays
 
     asyncio.run(main())
+    (told,) = caplog.records  # once, and not that it was shut down behind that
+    assert (told.levelname, sudden.name in told.message) == ("ERROR", True)
 
 
 def test_an_exit_names_the_code(capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +204,12 @@ def test_an_unknown_error_while_loading() -> None:
     asyncio.run(main())
 
 
+def test_a_name_that_no_message_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("nothing is started"))
+    with pytest.raises(ConfigError, match=r"`mod\\udce8le` is not UTF-8"):
+        make_client(os.fsdecode(b"mod\xe8le"))
+
+
 def test_shutdown_while_loading_ends_the_child() -> None:
     async def main() -> None:
         client = make_client("hangs")
@@ -204,7 +218,7 @@ def test_shutdown_while_loading_ends_the_child() -> None:
         await client.shutdown()
         with pytest.raises(EngineDead):
             await task
-        assert client._child.returncode == 0  # it was not killed
+        assert client._child.process.returncode == 0  # it was not killed
 
     asyncio.run(main())
 
@@ -218,7 +232,7 @@ def test_shutdown_kills_a_child_that_does_not_end(monkeypatch: pytest.MonkeyPatc
         os.kill(client.pid, signal.SIGSTOP)
         await until(lambda: state_of(client.pid) == "T")
         await client.shutdown()
-        assert client._child.wait(30) == -signal.SIGKILL
+        assert client._child.process.wait(30) == -signal.SIGKILL
 
     asyncio.run(main())
 

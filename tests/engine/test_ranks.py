@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
-from helpers_ranks import INTERRUPT, RAISE, VOCAB, token_of
+from helpers_ranks import INTERRUPT, RAISE, UNMET, VOCAB, token_of
 from helpers_tiny import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,8 +28,8 @@ import penstock
 from penstock.engine.config import EngineConfig
 from penstock.engine.core import EngineCore
 from penstock.engine.plan import Admission, Slice, StepPlan
-from penstock.engine.ranks import RankedRunner, encoded, make_ranked_runner
-from penstock.errors import EngineDead, WeightMismatch
+from penstock.engine.ranks import RankedRunner, _undisturbed, encoded, make_ranked_runner
+from penstock.errors import ConfigError, EngineDead, WeightMismatch
 from penstock.types import EngineInfo, EngineRequest, SamplingParams
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +47,7 @@ def child_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(source), str(HERE)]))
 
 
-def start(size: int, model: str = "fake") -> RankedRunner:
+def start(size: int, model: str = "fake", timeout_s: float = 60.0) -> RankedRunner:
     return make_ranked_runner(
         Path(model),
         settings(size),
@@ -51,7 +55,7 @@ def start(size: int, model: str = "fake") -> RankedRunner:
         (),
         {},
         make="helpers_ranks:make",
-        timeout_s=60.0,
+        timeout_s=timeout_s,
     )
 
 
@@ -101,6 +105,11 @@ def step_on(core: EngineCore) -> None:
         core.step()
 
 
+def pids_of(runner: RankedRunner) -> list[int]:
+    """Of all ranks but the first."""
+    return [rank.process.pid for rank in runner._peers._ranks]
+
+
 def state_of(pid: int) -> str:
     """One letter: R running, S sleeping, T stopped, Z zombie; empty: gone."""
     try:
@@ -145,7 +154,7 @@ def test_ctrl_c_waits_for_the_launch_and_all_go_on(three: RankedRunner) -> None:
 
 def test_a_killed_rank_ends_all_with_the_cause(three: RankedRunner) -> None:
     """Last of those that share these ranks."""
-    core, pids = core_of(three, 3), three._peers.pids
+    core, pids = core_of(three, 3), pids_of(three)
     core.add(request("a", [5], 40))
     core.step()
     core.check()
@@ -181,7 +190,7 @@ def test_a_rank_that_does_not_answer() -> None:
     core.add(request("a", [5], 40))
     core.step()
     runner._peers._timeout_s = 1.0
-    (pid,) = runner._peers.pids
+    (pid,) = pids_of(runner)
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(EngineDead, match="The ranks did not end a step in `1` s"):
         step_on(core)
@@ -195,6 +204,7 @@ def test_a_rank_that_does_not_answer() -> None:
         ("misfits", WeightMismatch, "`1` weights do not fit"),
         ("exits", EngineDead, r"Rank `1` ended with exit code `3`(?s:.*)out of luck"),
         ("loses", EngineDead, "A rank lost the others"),
+        ("garbles", EngineDead, "The watcher of the ranks stopped with `ValidationError`"),
     ],
 )
 def test_a_rank_that_fails_while_loading(
@@ -209,9 +219,102 @@ def test_a_rank_that_fails_while_loading(
         assert caught.value.hint == "look"  # type: ignore[attr-defined]
 
 
+def test_a_rank_that_leaves_a_child_behind() -> None:
+    """Which keeps its output open; nobody waits for the end of that."""
+    started_s = time.monotonic()
+    with pytest.raises(EngineDead, match=r"Rank `1` ended with exit code `3`") as caught:
+        start(2, "leaves")
+    assert time.monotonic() - started_s < 10
+    left = re.search(r"left (\d+)", str(caught.value))
+    assert left, "its last words are told none the less"
+    os.kill(int(left[1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("unmet", "told"),
+    [
+        ("no device", "Rank `1` stopped with `RuntimeError` in `fail`"),
+        ("fails", "Rank `1` stopped with `RuntimeError` in `fail`"),
+        ("dies", "Rank `1` was killed by `SIGKILL`"),
+    ],
+)
+def test_a_rank_that_ends_while_the_ranks_meet(
+    unmet: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 waits for it in torch then, which notices nothing."""
+    with monkeypatch.context() as patch:
+        patch.setenv(UNMET, unmet)
+        started_s = time.monotonic()
+        with pytest.raises(EngineDead, match=told):
+            start(2, timeout_s=30.0)
+        assert time.monotonic() - started_s < 15
+    start(2).close()  # whoever waits there still does not stop others
+
+
+def test_ranks_that_cannot_be_started_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    popen, started = subprocess.Popen, []
+
+    def only_one(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(popen(*args, **kwargs))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", only_one)
+    with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
+        start(3)
+    assert started[0].returncode is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_no_message_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"`mod\\udce8le` is not UTF-8"):
+        start(2, os.fsdecode(b"mod\xe8le"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_undisturbed_is_what_it_was_before() -> None:
+    """In a process of its own: with the default action it ends."""
+    program = """
+import os, signal, sys
+from penstock.engine.ranks import _undisturbed
+def press():
+    with _undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("launched", flush=True)
+heard = []
+signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+press()
+assert heard == [signal.SIGINT]
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+press()
+assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+press()
+print("not here")
+"""
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=False)
+    assert found.returncode == -signal.SIGINT
+    assert found.stdout.split() == [b"launched"] * 3
+
+
+def test_a_handler_of_c_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python cannot put it back."""
+    installed = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: installed.append(args))
+    with _undisturbed():
+        pass
+    assert not installed
+
+
 def test_the_ranks_end_when_nobody_has_the_runner() -> None:
     runner = start(2)
-    (pid,), directory = runner._peers.pids, runner._peers._directory
+    (pid,), directory = pids_of(runner), runner._peers._directory
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700  # where they met
     del runner
     gc.collect()
@@ -231,7 +334,7 @@ from penstock.engine.config import EngineConfig
 meet = peers.Peers.meet
 def meet_and_tell(self):
     group = meet(self)
-    print(self.pids[0], flush=True)
+    print(self._ranks[0].process.pid, flush=True)
     return group
 peers.Peers.meet = meet_and_tell
 config = EngineConfig(model="fake", max_model_len=48, tensor_parallel_size=2)

@@ -91,7 +91,7 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
                 assert oldest.num_computed > before[1] or is_waited_for
         seen["in_flight"] += len(engine.in_flight)
         seen["wasted"] += sum(
-            request.row is None for planned in engine.scheduler._planned for request, _ in planned
+            request.row is None for planned in engine.scheduler._planned for request in planned
         )
         if not engine.scheduler.has_work and not engine.in_flight and len(ids) == len(asked):
             break
@@ -120,8 +120,8 @@ def check_all(setting: dict[str, Any], asked: list[dict[str, Any]]) -> None:
 def test_tokens_do_not_depend_on_the_plans() -> None:
     seen.clear()
     check_all()
-    events = ("num_preemptions", "num_chunks", "num_prefix_hit_tokens")
-    for event in (*events, "aborts", "stops", "blocked", "in_flight", "wasted"):
+    figures = ("num_preemptions", "num_chunks", "num_prefix_hit_tokens")
+    for event in (*figures, "aborts", "stops", "blocked", "in_flight", "wasted"):
         assert seen[event] > 20, seen
 
 
@@ -227,6 +227,26 @@ def test_preempted_before_its_first_token_and_found_again() -> None:
     engine.run()
     assert (request.num_cached, engine.stats.num_prefix_hit_tokens) == (0, 0)
     check_events(request, engine.events["1"], 16)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_preemption_costs_no_more_with_a_step_in_flight(caching: bool) -> None:
+    """Else a request that needs one block more would be admitted without it, again and again."""
+    computed, preemptions = [], []
+    for depth in (0, 1, 2):
+        engine = Engine(
+            num_blocks=16, block_size=16, max_model_len=256, depth=depth, caching=caching
+        )
+        engine.add([1] * 161, max_tokens=60)
+        engine.add([2] * 80, max_tokens=10)
+        engine.run()
+        computed.append(engine.runner.num_computed)
+        preemptions.append(engine.stats.num_preemptions)
+        for request in engine.requests.values():
+            check_events(request, engine.events[request.id], 256)
+    assert preemptions[0] > 0
+    assert len(set(preemptions)) == 1
+    assert max(computed) <= min(computed) + 2 * len(engine.requests)  # a token past an end
 
 
 def test_prompt_logprobs_are_delivered_though_a_preemption_came_first() -> None:

@@ -24,7 +24,7 @@ from penstock.kernels.op import Compilation
 
 
 def compiled(entry: Compilation, capability: int) -> dict[str, Any]:
-    """Label, shared memory and spilled bytes, and whether warp groups multiply."""
+    """Label, shared memory and spilled bytes, whether warp groups multiply, what loads are wide."""
     names = entry.kernel.arg_names
     unknown = (entry.signature.keys() | entry.constexprs.keys()) - set(names)
     assert not unknown, f"{entry.label}: the kernel has no parameters {unknown}"
@@ -51,6 +51,7 @@ def compiled(entry: Compilation, capability: int) -> dict[str, Any]:
         "shared": result.metadata.shared,
         "spilled": sum(map(int, spilled)),
         "registers": max(map(int, registers)),
+        "loads_16_bytes": bool(re.search(r"ld\.global\S*\.v4\.b32", result.asm["ptx"])),
         "wgmma": "wgmma.mma_async" in result.asm["ptx"],
         "wants_wgmma": entry.wgmma,
     }

@@ -41,4 +41,6 @@ def test_all_kernels_compile_into_registers(
             problems.append(f"{label} wants {shared} bytes of shared memory")
         if capability == 90 and result["wants_wgmma"] and not result["wgmma"]:
             problems.append(f"{label} multiplies without warp groups")
+        if label.startswith("sample ") and not result["loads_16_bytes"]:
+            problems.append(f"{label} loads less than 16 bytes of logits at once")
     assert problems == []

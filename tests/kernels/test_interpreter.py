@@ -44,6 +44,19 @@ def test_conversion_rounds_to_nearest_even_and_saturates(dtype: torch.dtype) -> 
         assert torch.equal(back, out.float())
 
 
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("source", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_integers_become_numbers(source: torch.dtype, target: torch.dtype) -> None:
+    numbers = [0, 1, 2, 3, 100, 127, -128, -1] + [257, 259, -511, 1023] * (source.itemsize > 1)
+    x = torch.tensor(numbers + [0] * (16 - len(numbers))).to(source)
+    out = torch.empty(16, dtype=target)
+    _cast[(1,)](x, out, SIZE=16)
+    assert torch.equal(out, x.to(target))
+    back = torch.empty(16, dtype=source)
+    _cast[(1,)](out, back, SIZE=16)
+    assert torch.equal(back, out.to(source))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_dot_multiplies_numbers(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -224,6 +224,44 @@ def test_quantized_to_the_nearest(group_size: int) -> None:
             assert (np.abs(numbers / scale - found) <= nearest + 1e-4).all()
 
 
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 20, 34])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 blocks"])
+def test_shared_sums_are_added_once(
+    kind: str, num_tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By five programs, which is more than are loaded at once, tile for tile and time for time."""
+    num_rows, num_columns = 70, 620
+    cuts = []
+
+    def cut(num_programs: int, num_steps: int, unit: int, *others: Any) -> tuple[int, int]:
+        cuts.append((num_steps, unit))
+        return num_steps, 1
+
+    monkeypatch.setattr(int_matmul if kind == "int8" else fp8_matmul, "cut", cut)
+    bias = torch.randn(num_rows, device=device)
+    x = torch.randn(num_tokens, num_columns, device=device)
+    if kind == "int8":
+        op: Any = int_matmul.int_matmul
+        packed = pack(integers(8, num_rows, 640), 8).to(device)
+        args: Any = x, packed, None, None
+        options = {"bits": 8, "group_size": 0, "row_scales": torch.rand(num_rows, device=device)}
+    else:
+        op = fp8_matmul.fp8_matmul
+        x8, x_scale = quantize_fp8(x, 128 if "blocks" in kind else 0)
+        w8 = torch.randn(num_rows, num_columns, device=device).to(torch.float8_e4m3fn)
+        w_scale = torch.rand((1, 5) if "blocks" in kind else (num_rows,), device=device)
+        args, options = (x8, x_scale, w8, w_scale), {"out_dtype": torch.float32}
+    expected = op.reference(*args, bias=bias, **options)
+    found = [op.launch(*args, bias=bias, **options) for _ in range(2)]
+    assert cuts == [(5, 1)] * 2
+    assert torch.equal(found[0], found[1])
+    exact = 1e-5 if device.type == "cpu" else fp8_matmul.HARDWARE
+    mean = float(expected.abs().mean())
+    torch.testing.assert_close(found[0], expected, rtol=exact, atol=10 * exact * mean)
+    assert not split_k.counters(device).any(), "ready for the next product"
+
+
 @given(
     programs=st.integers(1, 2000),
     steps=st.integers(1, 500),
@@ -242,9 +280,11 @@ def test_parts_cover_the_inner_dimension(programs: int, steps: int, unit: int, w
 @pytest.mark.parametrize("chip", [HOPPER, AMPERE, SMALL], ids=str)
 def test_tiles_fit_into_shared_memory(chip: Chip) -> None:
     for num_tokens in (1, 32, 33, 64, 65, 512, 513, 8192):
-        for bits in (4, 8):
+        for bits, num_rows in ((4, 4096), (8, 4096), (8, 512)):
             for dtype in (torch.bfloat16, torch.float32):
                 for num_tables in (0, 1, 8):
-                    form = int_matmul._shape(num_tokens, 32, bits, num_tables, dtype, chip)
+                    form = int_matmul._shape(
+                        num_tokens, num_rows, 32, bits, num_tables, dtype, chip
+                    )
                     assert form["STAGES"] >= 2
         assert fp8_matmul._shape(num_tokens, chip)["STAGES"] >= 2

@@ -16,7 +16,7 @@ from penstock.kernels.chip import AMPERE, HOPPER, SMALL, Chip
 from penstock.kernels.op import triton_problem
 from penstock.kernels.paged import Case, Tensors, case_tensors
 from penstock.kernels.paged_decode import Splits, paged_decode, splits_of
-from penstock.kernels.paged_prefill import Tiling, rows_of_tile, tiles, tiling_for
+from penstock.kernels.paged_prefill import Tiling, rows_of_tile, schedule, tiling_for
 
 CPU = torch.device("cpu")
 TILE = Tiling(16, 16, 4, 2)
@@ -68,15 +68,26 @@ def decode(t: Tensors, rows: list[int], splits: Splits, **options: Any) -> torch
     return out
 
 
-def prefill(t: Tensors, lengths: list[int], **options: Any) -> torch.Tensor:
-    group = t.q.shape[1] // t.keys.shape[1]
-    found = tiles(lengths, TILE.block_m // group)
-    listed = torch.tensor(found, dtype=torch.int32, device=t.q.device).reshape(-1, 2)
+def prefill(
+    t: Tensors, lengths: list[int], *, min_share: int = 4096, tile: Tiling = TILE, **options: Any
+) -> torch.Tensor:
+    group, num_kv_heads = t.q.shape[1] // t.keys.shape[1], t.keys.shape[1]
+    contexts = t.context_len.tolist()
+    work, num_shares = schedule(lengths, contexts, tile.block_m // group, 1e3, min_share)
+    counters = torch.zeros(num_shares * num_kv_heads, dtype=torch.int32, device=t.q.device)
     out = torch.zeros(t.q.shape, dtype=t.q.dtype, device=t.q.device)
-    places = (listed[:, 0].contiguous(), listed[:, 1].contiguous())
     paged_prefill.paged_prefill.launch(
-        *t, *places, out, block_m=TILE.block_m, tiling=TILE, **options
+        *t,
+        torch.from_numpy(work).to(t.q.device),
+        counters,
+        out,
+        block_m=tile.block_m,
+        num_shares=num_shares,
+        tiling=tile,
+        min_share=min_share,
+        **options,
     )
+    assert not counters.any()
     return out
 
 
@@ -107,11 +118,11 @@ def test_references_write_their_rows_and_no_others() -> None:
     out = torch.zeros(t.q.shape)
     counters = torch.zeros(8, dtype=torch.int32)
     row_ids = torch.tensor([3, 1], dtype=torch.int32)
-    paged_decode.reference(*t, row_ids, counters, out, splits=Splits(1, 16), **options)
+    paged_decode.reference(*t, row_ids, counters, out, splits=Splits(1, 1), **options)
     zeros = torch.zeros_like
     assert torch.equal(out, torch.cat([zeros(by_row[0]), by_row[1], zeros(by_row[2]), by_row[3]]))
-    listed = torch.tensor(tiles([2, 1, 3, 1], 2), dtype=torch.int32)
-    paged_prefill.reference(*t, listed[:, 0], listed[:, 1], out, block_m=4, **options)
+    work = torch.from_numpy(schedule([2, 1, 3, 1], [4, 9, 3, 1], 2, 1)[0])
+    paged_prefill.reference(*t, work, counters, out, block_m=4, **options)
     assert torch.equal(out, torch.cat(by_row))
 
 
@@ -138,28 +149,119 @@ def cases(draw: st.DrawFn) -> Case:
 
 @needs_triton
 @settings(max_examples=12)
-@given(case=cases(), splits=st.integers(1, 4))
-def test_kernels_compute_what_the_oracle_does(case: Case, splits: int) -> None:
+@given(case=cases(), splits=st.integers(1, 4), min_share=st.sampled_from([16, 32, 4096]))
+def test_kernels_compute_what_the_oracle_does(case: Case, splits: int, min_share: int) -> None:
     t = case_tensors(case, CPU)
     lengths = list(case.lengths)
     ones = [row for row, length in enumerate(lengths) if length == 1]
-    out = prefill(t, lengths, **case.options())
-    out += decode(t, ones, Splits(splits, 16), **case.options())
+    out = prefill(t, lengths, min_share=min_share, **case.options())
+    out += decode(t, ones, Splits(splits, splits, 16), **case.options())
     oracle = [paged.attend_row(t, row, **case.options()) for row in range(len(lengths))]
     torch.testing.assert_close(out, torch.cat(oracle), rtol=1e-4, atol=1e-5)
 
 
 @needs_triton
-def test_long_rows_are_split_and_short_ones_are_not(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("splits", "shares"),
+    [(Splits(4, 4, 128), [3, 0, 2]), (Splits(4, 1, 128, 256), [3, 0, 0]), (Splits(6, 1), [0] * 3)],
+    ids=["to fill", "because they are long", "not at all"],
+)
+def test_long_rows_are_split_and_short_ones_are_not(
+    splits: Splits, shares: list[int], device: torch.device
+) -> None:
     """Counters that start too low: no program takes itself for the last, so none puts together."""
     case = Case("splits", (1, 1, 1), (700, 100, 256), num_kv_heads=1)
     t = case_tensors(case, device)
     counters = torch.full((3,), -1000, dtype=torch.int32, device=device)
     out = torch.zeros(t.q.shape, device=device)
     row_ids = torch.arange(3, dtype=torch.int32, device=device)
-    paged_decode.launch(*t, row_ids, counters, out, splits=Splits(4, 128), **case.options())
-    assert (counters + 1000).tolist() == [3, 0, 2], "shares of 2 tiles, 128 tokens each"
-    assert [bool(row.any()) for row in out] == [False, True, False]
+    paged_decode.launch(*t, row_ids, counters, out, splits=splits, **case.options())
+    assert (counters + 1000).tolist() == shares, "in tiles of 128 tokens"
+    assert [bool(row.any()) for row in out] == [not count for count in shares]
+
+
+@needs_triton
+@pytest.mark.parametrize(("window", "counts"), [(0, [5, 0, 0]), (100, [4, 0, 0])])
+def test_long_tiles_are_split_and_short_ones_are_not(
+    window: int, counts: list[int], device: torch.device
+) -> None:
+    """As above: 3 tokens behind 222 others, 15 tiles of 16; a window leaves 8."""
+    case = Case("shared tile", (3, 2), (225, 40), num_kv_heads=1, window=window)
+    t = case_tensors(case, device)
+    found, num_shares = schedule(case.lengths, case.contexts, 4, 1000, 32)
+    assert num_shares == 7
+    assert found.tolist() == [*([0, 0, split, 7] for split in range(7)), [1, 0, 0, 1]]
+    counters = torch.full((8,), -1000, dtype=torch.int32, device=device)
+    out = torch.zeros(t.q.shape, device=device)
+    work = torch.from_numpy(found).to(device)
+    options = {"block_m": 16, "num_shares": num_shares, "tiling": TILE, "min_share": 32}
+    paged_prefill.paged_prefill.launch(*t, work, counters, out, **options, **case.options())
+    assert (counters[[0, 7, 6]] + 1000).tolist() == counts
+    assert [bool(token.any()) for token in out] == [False] * 3 + [True] * 2
+
+
+@needs_triton
+@pytest.mark.parametrize("length", [1, 3], ids=["decode", "prefill"])
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+@pytest.mark.parametrize("pages", [torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_what_others_left_in_pages_is_not_seen(
+    pages: torch.dtype, block_size: int, length: int, device: torch.device
+) -> None:
+    """Neither in block 0, which the table's unread entries count as, nor in the row's last block.
+
+    There lie infinities and NaN: a request whose numbers overflowed harms itself and nobody else.
+    """
+    kind = None if pages == torch.float16 else pages
+    case = Case("left", (length,), (9,), block_size=block_size, dtype=torch.float16, pages=kind)
+    t = case_tensors(case, device)
+    own = t.block_table[int(t.rows[0]), : -(-9 // block_size)].tolist()
+    assert 0 not in own
+    ends = [(0, slice(None))] + ([(own[-1], slice(9, None))] if block_size > 9 else [])
+    numbers = t[1:3] if t.value_scale is None else t[3:5]
+    for block, free in ends:
+        assert not any(x[block, :, free].isfinite().any() for x in numbers if x is not None)
+    if length == 1:
+        out = decode(t, [0], Splits(1, 1), **case.options())
+    else:
+        out = prefill(t, [length], **case.options())
+    expected = paged.attend_row(t, 0, **case.options())
+    torch.testing.assert_close(out.float(), expected, rtol=4e-3, atol=4e-3)
+
+
+@needs_triton
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 6e4])
+@pytest.mark.parametrize("pages", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_probabilities_of_scaled_values_count(
+    dtype: torch.dtype, pages: torch.dtype, magnitude: float
+) -> None:
+    """A sink leads 1500 tokens by e^9, and its value is small, so that theirs make up the output.
+
+    Their probabilities of 1e-4, times scales of 1/448 of the values, are nothing in float16; and
+    the largest values of float16 times anything above 1 are infinite.
+    """
+    case = Case("peak", (1, 2), (1500, 1500), 1, 1, 32, dtype=dtype, pages=pages)
+    t = case_tensors(case, CPU)
+    generator = torch.Generator().manual_seed(1)
+    t.q.zero_()[..., 0] = 1.0
+    largest = 127.0 if pages == torch.int8 else 448.0
+    keys = torch.zeros(t.keys.shape)
+    values = 0.8 + 0.2 * torch.rand(t.values.shape, generator=generator)
+    sinks = t.block_table[t.rows.long(), 0].long()
+    keys[sinks, :, 0, 0] = 9.0
+    values[sinks, :, 0] = -0.01
+    assert t.key_scale is not None
+    assert t.value_scale is not None
+    t.key_scale.fill_(9.0 / largest)
+    t.keys.copy_(keys * largest / 9.0)
+    t.value_scale.copy_(values.abs().amax(-1) * magnitude / largest)
+    stored = values * magnitude / t.value_scale[..., None]
+    t.values.copy_(stored.round() if pages == torch.int8 else stored)
+    options = {"scale": 1.0, "window": 0, "soft_cap": 0.0}
+    out = decode(t, [0], Splits(3, 3), **options)
+    out += prefill(t, [1, 2], min_share=512, tile=Tiling(16, 128, 4, 2), **options)
+    expected = torch.cat([paged.attend_row(t, row, **options) for row in range(2)])
+    torch.testing.assert_close(out.float(), expected, rtol=case.tolerance / 2, atol=0.0)
 
 
 @needs_triton
@@ -169,7 +271,7 @@ def test_a_row_without_context_gets_zeros(device: torch.device) -> None:
     out = torch.full(t.q.shape, 7.0, device=device)
     row_ids = torch.arange(2, dtype=torch.int32, device=device)
     counters = torch.zeros(4, dtype=torch.int32, device=device)
-    options = {"scale": 1.0, "window": 0, "soft_cap": 0.0, "splits": Splits(2, 16)}
+    options = {"scale": 1.0, "window": 0, "soft_cap": 0.0, "splits": Splits(2, 2, 16)}
     paged_decode.launch(*t, row_ids, counters, out, **options)
     assert not out[1].any()
     assert out[0].any()
@@ -187,7 +289,7 @@ def test_what_the_window_does_not_reach_is_not_read(length: int, device: torch.d
     t.values[unread] = torch.nan
     options = case.options()
     if length == 1:
-        out = decode(t, [0], Splits(2, 16), **options)
+        out = decode(t, [0], Splits(2, 2, 16), **options)
     else:
         out = prefill(t, [length], **options)
     t.values[unread] = 0.0
@@ -210,19 +312,48 @@ def test_pages_may_be_larger_than_32_bits_address(length: int) -> None:
     t = small._replace(keys=far[0], values=far[1], key_scale=scale, value_scale=scale)
     options = {"scale": 0.25, "window": 0, "soft_cap": 0.0}
     if length == 1:
-        out = decode(t, [0], Splits(1, 16), **options)
+        out = decode(t, [0], Splits(1, 1), **options)
     else:
         out = prefill(t, [length], **options)
     torch.testing.assert_close(out, paged.attend_row(t, 0, **options), rtol=1e-4, atol=1e-5)
 
 
-def test_tiles_cover_every_query_once_and_late_ones_come_first() -> None:
-    lengths = [5, 1, 8, 2, 1]
-    found = tiles(lengths, 4)
-    assert sorted(found) == [(0, 0), (0, 4), (2, 0), (2, 4), (3, 0)]
-    starts = [start for _, start in found]
-    assert starts == sorted(starts, reverse=True)
-    assert tiles([1, 1], 4) == []
+def test_work_covers_every_query_once_and_the_longest_comes_first() -> None:
+    lengths, contexts = [5, 1, 8, 2, 1], [6, 900, 8, 300, 1]
+    work, num_shares = schedule(lengths, contexts, 4, 3, 64)
+    assert num_shares == 2
+    assert work.tolist() == [
+        *([3, 0, 0, 2], [3, 0, 1, 2]),  # nearly all there is to do, for 3 programs
+        *([2, 4, 0, 1], [0, 4, 0, 1], [0, 0, 0, 1], [2, 0, 0, 1]),
+    ]
+    assert schedule([1, 1], [9, 9], 4, 100)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("lengths", "contexts", "least", "most"),
+    [
+        ([64], [32768], 8, 32),  # the next turn of a long chat
+        ([2], [131072], 16, 32),
+        ([64], [900], 1, 1),
+        ([2048], [2048], 1, 1),  # enough tiles
+        ([8192], [131072], 1, 1),
+        ([1500, *[1] * 50, 64], [1500, *[700] * 50, 131072], 7, 32),  # it would end last
+        ([64] * 64, [4096] * 64, 1, 1),
+    ],
+)
+def test_shares_fill_the_chip(
+    lengths: list[int], contexts: list[int], least: int, most: int, num_kv_heads: int
+) -> None:
+    programs = paged_prefill.programs_at_once(128, 128, num_kv_heads, HOPPER)
+    assert programs == 132 / num_kv_heads
+    work, num_shares = schedule(lengths, contexts, 32, programs)
+    assert num_shares <= programs, "what they leave has room"
+    found = work[:, 3].max()
+    assert most == 1 or found >= least
+    assert found <= most or num_kv_heads < 8
+    assert (work[:num_shares, 3] > 1).all()
+    assert (work[num_shares:, 3] == 1).all()
 
 
 @pytest.mark.parametrize("chip", [HOPPER, AMPERE, SMALL], ids=["hopper", "ampere", "small"])
@@ -252,10 +383,63 @@ def test_a_token_of_many_heads_fits_its_tile() -> None:
 def test_splits_fill_the_chip() -> None:
     one_row = splits_of(1, 8, 131072, 0, HOPPER)
     assert 2 * 132 <= 8 * one_row.number <= 3 * 132
+    assert one_row.fill == one_row.number
     assert splits_of(1, 8, 100, 0, HOPPER).number == 1, "a program has work to do"
     assert splits_of(1, 8, 131072, 1024, HOPPER).number == 8, "more than the window is not seen"
-    assert splits_of(64, 8, 4096, 0, HOPPER).number == 1
-    many = splits_of(64, 8, 131072, 0, HOPPER)
-    assert 1 < many.number <= 4, "one long row among many does not keep them waiting"
-    assert many.min_share > one_row.min_share
-    assert splits_of(512, 8, 131072, 0, HOPPER).number == 1
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv_heads", "longest", "number", "fill"),
+    [
+        (16, 8, 131072, 16, 3),
+        (24, 8, 131072, 11, 2),
+        (32, 8, 131072, 8, 2),
+        (33, 8, 131072, 8, 1),
+        (40, 8, 131072, 6, 1),
+        (64, 8, 131072, 4, 1),
+        (64, 8, 4096, 1, 1),
+        (512, 8, 131072, 1, 1),
+        (32, 1, 131072, 16, 9),
+        (256, 1, 131072, 8, 2),
+        (264, 1, 131072, 8, 1),
+        (16, 8, 16384, 3, 3),
+        (2, 8, 131072, 17, 17),
+        (1, 1, 131072, 128, 264),
+    ],
+)
+def test_a_long_row_never_has_more_to_do_where_there_are_fewer_rows(
+    num_rows: int, num_kv_heads: int, longest: int, number: int, fill: int
+) -> None:
+    found = splits_of(num_rows, num_kv_heads, longest, 0, HOPPER)
+    assert (found.number, found.fill) == (number, fill)
+    assert splits_of(num_rows + 1, num_kv_heads, longest, 0, HOPPER).number <= number
+    assert number == 1 or num_rows * num_kv_heads * number <= 16 * 132, "scratch has room"
+
+
+@needs_triton
+def test_no_number_of_rows_needs_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is compiled in the middle of serving keeps everybody waiting for a second."""
+    constants: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: constants.append(kwargs)
+
+    monkeypatch.setattr("penstock.kernels.paged_decode._decode_kernel", Recorder())
+    for num_rows in (1, 7, 64, 200):
+        t = case_tensors(Case("rows", (1,) * num_rows, (3,) * num_rows), CPU)
+        row_ids = torch.arange(num_rows, dtype=torch.int32)
+        counters = torch.zeros(2 * num_rows, dtype=torch.int32)
+        splits = splits_of(num_rows, 2, 131072, 0, HOPPER)
+        paged_decode.launch(
+            *t,
+            row_ids,
+            counters,
+            t.q.contiguous(),
+            scale=0.5,
+            window=0,
+            soft_cap=0.0,
+            splits=splits,
+        )
+    assert len(constants) == 4
+    assert all(found == constants[0] for found in constants)

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.sampling.helpers_oracle import Row, oracle_uniform, random_logits
 
+from penstock.kernels import sample as module
 from penstock.kernels.op import forced, triton_problem
 from penstock.kernels.sample import sample
 from penstock.types import SamplingParams
 
+needs_triton = pytest.mark.skipif(triton_problem() is not None, reason="none")
 MODES = [
-    pytest.param("triton", marks=pytest.mark.skipif(triton_problem() is not None, reason="none")),
+    pytest.param("triton", marks=needs_triton),
     "reference",
 ]
 ROUNDING = 2e-6  # of a share of the mass
@@ -48,7 +50,7 @@ def choose(
     rows: list[Row],
     mode: str,
     device: torch.device,
-    num_searches: int = 2,
+    num_searches: int | None = 2,
 ) -> list[int]:
     """The op's tokens for `rows`, whose settings lie in the opposite order."""
     x = torch.as_tensor(logits).to(device)
@@ -151,7 +153,7 @@ def test_the_reference_is_drawn_by_the_definition(
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        pytest.param("triton", {}, marks=MODES[0].marks),  # nothing to search: in few programs
+        pytest.param("triton", {}, marks=needs_triton),  # nothing to search: in few programs
         ("reference", {"top_p": 0.9}),
     ],
 )
@@ -273,19 +275,43 @@ def test_rows_without_a_distribution_give_the_largest(
     assert found[5:] == choose(logits[5:], rows[5:], mode, device)
 
 
+@pytest.mark.parametrize("num_searches", [0, None])
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_gives_the_lowest_of_equals(mode: str, device: torch.device) -> None:
+def test_greedy_gives_the_lowest_of_equals(
+    mode: str, num_searches: int | None, device: torch.device
+) -> None:
     logits = torch.full((3, 9000), -2.0)
     logits[0, [8999, 4500, 4096]] = -1.0
     logits[1] = torch.tensor([-1.0, -0.0, 0.0]).repeat(3000)
     rows = rows_of(9, 3, [{"temperature": 0.0}])
-    assert choose(logits, rows, mode, device, num_searches=0) == [4096, 1, 0]
+    assert choose(logits, rows, mode, device, num_searches) == [4096, 1, 0]
+
+
+@needs_triton
+def test_greedy_rows_take_two_launches(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    class Kernel:
+        """In place of a kernel: notes its launch."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: launched.append(self.name)
+
+    for name in ("_best_kernel", "measure_kernel", "_mass_kernel", "_draw_kernel"):
+        monkeypatch.setattr(module, name, Kernel(name))
+    choose(torch.zeros(1, 50), rows_of(9, 1, [{"temperature": 0.0}]), "triton", device, None)
+    assert launched == ["_best_kernel", "_draw_kernel"]
 
 
 @pytest.mark.parametrize(
     ("mode", "num_draws", "options"),
     [
-        pytest.param("triton", 150, {}, marks=MODES[0].marks),
+        pytest.param("triton", 150, {}, marks=needs_triton),
         ("reference", 20_000, {"temperature": 1.3}),
         ("reference", 20_000, {"top_k": 30, "top_p": 0.9, "min_p": 0.01}),
     ],

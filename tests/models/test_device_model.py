@@ -32,6 +32,7 @@ from penstock.kernels.op import forced
 from penstock.layers.device_leaves import Linear
 from penstock.models.device_model import DeviceModel
 from penstock.parallel.group import Group
+from penstock.quantization.device import Integers
 from penstock.quantization.schemes import DEVICE_NAMES
 
 Rows = dict[str, list[int]]
@@ -159,6 +160,31 @@ def test_quantized_weights_stand_for_numbers(
     take_over(dense, model)
     stood_for = joined(DeviceSessions(dense), rows, ragged)
     assert share_of_spread(found, stood_for) < near
+
+
+@pytest.mark.parametrize("variant", ["mlp_bias", "tied"])
+def test_every_product_of_a_step_was_compiled_when_it_was_loaded(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight with the bias that it is used with."""
+    warm, used = set[tuple[int, bool]](), set[tuple[int, bool]]()
+    multiply = Integers.__call__
+
+    def warm_up(weight: Integers, bias: torch.Tensor | None = None) -> None:
+        warm.add((id(weight), bias is not None))
+
+    def call(weight: Integers, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        used.add((id(weight), bias is not None))
+        return multiply(weight, x, bias)
+
+    monkeypatch.setattr(Integers, "warm_up", warm_up)
+    monkeypatch.setattr(Integers, "__call__", call)
+    oracle("LlamaForCausalLM", variant, 3).save_pretrained(tmp_path)
+    model = load_device(tmp_path, quantization="int8-a16")
+    assert not used
+    DeviceSessions(model).step({"a": [1, 2, 3]})
+    assert len(used) == 4 * model.spec.num_layers + 1
+    assert warm == used
 
 
 def test_every_scheme_is_tried() -> None:

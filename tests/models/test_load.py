@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.models.configs import CONFIGS
 
+from penstock.errors import ConfigError
 from penstock.models import load
 from penstock.models.load import Backends, device_problem
 from penstock.models.spec import ModelSpec
@@ -28,15 +29,16 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_gpu_the_reason_names_what_to_try() -> None:
-    told = device_problem(SPEC)
-    assert told is not None
-    assert told.startswith("there is no NVIDIA GPU")
-    assert "PENSTOCK_KERNELS=reference" in told
-    assert Backends(SPEC).num_gpus == 0
+    backends = Backends(SPEC)
+    assert backends.problem("triton") == "there is no NVIDIA GPU"
+    told = str(backends.remedy("triton"))
+    assert "`PENSTOCK_KERNELS=reference` together with `--backend triton`" in told
+    assert backends.num_gpus == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PENSTOCK_KERNELS", "reference"), ("TRITON_INTERPRET", "1")]
+    ("name", "value"),
+    [("PENSTOCK_KERNELS", "reference"), ("TRITON_INTERPRET", "1"), ("TRITON_INTERPRET", "true")],
 )
 def test_the_environment_lets_it_run_on_the_cpu(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
@@ -45,12 +47,35 @@ def test_the_environment_lets_it_run_on_the_cpu(
     assert device_problem(SPEC) is None
     backends = Backends(SPEC)
     assert backends.problem("triton") is None
+    assert backends.remedy("triton") is None
     assert (backends.num_gpus, backends.fp8_problem()) == (0, None)
 
 
-def test_a_wrong_word_in_the_environment_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "is_yes"), [("1", 1), ("true", 1), ("0", 0), ("maybe", 0)])
+def test_triton_says_what_asks_for_its_interpreter(value: str, is_yes: int) -> None:
+    """In a process of its own, because it is said once."""
+    code = (
+        "from penstock.models import load\n"
+        "from penstock.cli.doctor import usual_model\n"
+        "load.has_nvidia_device = lambda: False\n"
+        "print(load.device_problem(usual_model()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"TRITON_INTERPRET": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout == "None\n") == is_yes, done.stdout
+
+
+def test_a_wrong_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_KERNELS", "cutlass")
-    assert "`PENSTOCK_KERNELS` is `cutlass`" in str(device_problem(SPEC))
+    for ask in (lambda: device_problem(SPEC), lambda: Backends(SPEC).problem("triton")):
+        with pytest.raises(ConfigError, match="`PENSTOCK_KERNELS` is `cutlass`") as error:
+            ask()
+        assert "unset `PENSTOCK_KERNELS`" in str(error.value.hint)
 
 
 def test_heads_that_no_kernel_has_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +87,10 @@ def test_what_ranks_cannot_share_is_the_reason(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
     odd = replace(SPEC, num_heads=9, num_kv_heads=3, intermediate_size=90)
     assert "cannot be shared by `2` ranks" in str(Backends(odd, 2).problem("triton"))
+    assert Backends(odd, 2).remedy("triton") == "use `--tensor-parallel-size` of `1`, `3` or `9`"
     assert Backends(odd, 3).problem("triton") is None
+    alone = replace(odd, intermediate_size=91)
+    assert Backends(alone, 2).remedy("triton") == "use `--tensor-parallel-size` of `1`"
 
 
 def test_a_device_that_torch_cannot_use_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +118,9 @@ def test_a_torch_that_cannot_be_imported_is_the_reason(
     (tmp_path / "torch.py").write_text(f"raise {raises}")
     code = (
         "from penstock.models import load\n"
-        "from penstock.cli.doctor import _usual_model\n"
+        "from penstock.cli.doctor import usual_model\n"
         "load.has_nvidia_device = lambda: True\n"
-        "backends = load.Backends(_usual_model())\n"
+        "backends = load.Backends(usual_model())\n"
         "print(backends.num_gpus, backends.problem('triton'))\n"
     )
     environment = {"PYTHONPATH": str(tmp_path)}
@@ -107,9 +135,9 @@ def test_nobody_imports_torch_to_find_no_gpu() -> None:
     code = (
         "import sys\n"
         "from penstock.models import load\n"
-        "from penstock.cli.doctor import _usual_model\n"
+        "from penstock.cli.doctor import usual_model\n"
         "load.has_nvidia_device = lambda: False\n"
-        "backends = load.Backends(_usual_model())\n"
+        "backends = load.Backends(usual_model())\n"
         "assert backends.num_gpus == 0\n"
         "assert backends.problem('triton')\n"
         "sys.exit('torch' in sys.modules)"

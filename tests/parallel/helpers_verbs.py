@@ -87,6 +87,7 @@ def check_loss(group: Distributed) -> None:
 def run(rank: int, size: int, directory: Path) -> None:
     before = dict(os.environ)
     group = Distributed(directory, rank, size, torch.device("cpu"), 20.0)
+    group.join()
     assert dict(os.environ) == before
     assert (group.rank, group.size) == (rank, size)
     with pytest.raises(ConfigError, match="already"):  # a second one in the same process

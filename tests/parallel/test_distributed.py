@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def test_the_verbs_between_processes(tmp_path: Path) -> None:
 def test_a_rank_that_nobody_joins_gives_up(tmp_path: Path) -> None:
     started_s = time.monotonic()
     with pytest.raises(PeerLost, match="Rank `1` lost the others"):
-        Distributed(tmp_path, 1, 2, torch.device("cpu"), 0.5)
+        Distributed(tmp_path, 1, 2, torch.device("cpu"), 0.5).join()
     assert time.monotonic() - started_s < 10
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_group_that_is_closed_before_all_are_there(tmp_path: Path) -> None:
+    """Who waited with it has given up; what comes of it late is closed too."""
+    group = Distributed(tmp_path, 0, 2, torch.device("cpu"), 20.0)
+    waiting = threading.Thread(target=group.join)
+    waiting.start()
+    group.close()
+    program = f"""
+import os
+from pathlib import Path
+import torch
+from penstock.parallel.distributed import Distributed
+Distributed(Path({str(tmp_path)!r}), 1, 2, torch.device("cpu"), 20.0).join()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    waiting.join(20)
+    assert not waiting.is_alive()
     assert not torch.distributed.is_initialized()

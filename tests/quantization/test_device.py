@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.models.helpers_live import LiveBytes
 
 from penstock.errors import EngineError
+from penstock.kernels import fp8_matmul, int_matmul, quantize_fp8, split_k
+from penstock.kernels.chip import HOPPER
+from penstock.kernels.jit import triton
+from penstock.kernels.op import forced
 from penstock.native import library
 from penstock.native.memory import Arena
 from penstock.native.pool import Pool
 from penstock.native.weights import PackedWeight, Placement
+from penstock.quantization import device as quantization
 from penstock.quantization.device import DeviceWeight, make_weight
 from penstock.quantization.schemes import DEVICE_NAMES, Format, device_bytes, scheme
 from penstock.quantization.unpack import unpack
@@ -182,3 +189,70 @@ def test_what_is_not_finite_is_refused(form: Format, wrong: float) -> None:
     values[17, 3] = wrong
     with pytest.raises(EngineError, match="row `17` of the source is not finite"):
         make_weight(form, 128, 40, torch.float32, "cpu").fill(0, values)
+
+
+class Launches:
+    """In place of a kernel: notes what Triton would compile for its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        self._names = kernel.arg_names
+        self._unspecialized = options["do_not_specialize"]
+        self.compiled: set[frozenset[tuple[str, Any]]] = set()
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **constants: Any) -> None:
+        kinds = dict(constants)
+        for name, value in zip(self._names, args, strict=False):
+            if isinstance(value, int):
+                special = value == 1 or value % 16 == 0
+                kinds[name] = (special, value == 1) if name not in self._unspecialized else int
+            else:
+                kinds[name] = None if value is None else value.dtype
+        self.compiled.add(frozenset(kinds.items()))
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(28672, 4096), (4096, 14336), (768, 4096), (1024, 1000)], ids=str
+)
+@pytest.mark.parametrize("name", ["int8", "int4-32", "fp8", "fp8-128"])
+def test_a_warm_weight_has_compiled_all_its_products(
+    name: str, shape: tuple[int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Llama's 8B model, alone and on eight ranks, and one with odd columns; on Hopper."""
+    dtype, _, group_size = name.partition("-")
+    product = fp8_matmul if dtype == "fp8" else int_matmul
+    launches = [Launches(module._kernel) for module in (product, quantize_fp8)]
+    for module, noted in zip((product, quantize_fp8), launches, strict=True):
+        monkeypatch.setattr(module, "_kernel", noted)
+    monkeypatch.setattr(quantization, "INTERPRETED", False)
+    for module in (product, split_k):
+        monkeypatch.setattr(module, "chip", lambda device: HOPPER)
+    form = Format(dtype, int(group_size or 0))
+    weight = make_weight(form, *shape, torch.bfloat16, "meta")
+    bias = torch.zeros(shape[0], dtype=torch.bfloat16, device="meta") if with_bias else None
+    with forced("triton"):
+        weight.warm_up(bias)
+        warm = [noted.compiled.copy() for noted in launches]
+        assert 4 <= len(warm[0]) <= 5
+        assert len(warm[1]) == (dtype == "fp8")
+        for num_tokens in (*range(1, 530), *range(530, 4097, 97)):
+            x = torch.zeros(num_tokens, shape[1], dtype=torch.bfloat16, device="meta")
+            weight(x, bias)
+    assert [noted.compiled for noted in launches] == warm
+
+
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_nothing_is_computed_where_nothing_is_compiled(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the interpreter, or by references on a GPU as well."""
+    monkeypatch.setattr(quantization, "INTERPRETED", mode == "triton")
+    weight = make_weight(Format("int8"), 3, 5, torch.float32, "cpu")
+    with forced(mode), LiveBytes() as live:
+        weight.warm_up()
+    assert live.peak == 0

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.models.helpers_live import LiveBytes
 from tests.sampling.helpers_oracle import (
     EOS,
     FEATURES,
@@ -271,23 +272,52 @@ def test_admission_waits_for_nothing_and_copies_only_its_rows() -> None:
     assert sampler._seeds[[1, 3, 4]].tolist() == [row.seed for row in rows]
 
 
+@pytest.mark.parametrize("stride", [50, 64], ids=["alone", "shared by ranks, and so padded"])
 def test_a_warm_sampler_has_launched_all_that_rows_may_ask_for(
-    monkeypatch: pytest.MonkeyPatch,
+    stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: set[tuple[torch.dtype, int, bool]] = set()
+    launched: list[tuple[torch.dtype, int]] = []
 
-    def record(logits: torch.Tensor, *args: Any, num_searches: int) -> None:
-        launched.add((logits.dtype, logits.stride(0), num_searches > 0))
+    def record(logits: torch.Tensor, *args: Any, num_searches: int | None) -> None:
+        launched.append((logits.dtype, logits.stride(0)))
+        searched.append(num_searches)
 
+    searched: list[int | None] = []
     monkeypatch.setattr(module, "sample", record)
-    logits = torch.zeros(len(FEATURES), 64, dtype=torch.float16)[:, :50]
+    logits = torch.zeros(len(FEATURES), stride, dtype=torch.float16)[:, :50]
     setup = Setup(feature_rows(7, list(FEATURES)), list(range(len(FEATURES))), 50)
     setup.sampler.warm_up(logits)
-    warm = launched.copy()
+    warm = set(launched)
+    assert searched == [2] * len(launched), "with every kernel that there is"
+    launched.clear()
     with forced("reference"):
         setup.sample(logits)
-    assert len(launched) == 2
-    assert launched == warm
+        setup.sample(logits.clone(memory_format=torch.contiguous_format))  # of a graph
+    assert len(set(launched)) == 2 + (stride != 50)
+    assert set(launched) == warm
+
+
+def test_no_kernel_searches_where_all_rows_are_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where the host alone sees that they are: a temperature that is rounded up."""
+    searched: list[int | None] = []
+    monkeypatch.setattr(module, "sample", lambda *args, num_searches: searched.append(num_searches))
+    almost = np.nextafter(1e-5, 0)
+    rows = [Row(SamplingParams(temperature=t, top_k=3)) for t in (0.0, almost, 1e-5)]
+    for places in ([0, 1], [0, 1, 2]):
+        setup = Setup([rows[i] for i in places], places, 20)
+        setup.sample(torch.zeros(len(places), 20))
+    assert searched == [None, 1]
+    assert setup.sampler._temperature[:3].tolist() == [0, 0, np.float32(1e-5)]
+
+
+def test_the_masks_of_a_step_are_gone_before_the_next_are_made() -> None:
+    rows = [Row(SamplingParams(banned_token_ids=(i,))) for i in range(4)]
+    setup, vocab_size = Setup(rows, [0, 1, 2, 3], 10_000), 10_000
+    with LiveBytes() as live:
+        for places in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 2, 3]):
+            setup.sampler._step(np.array(places), setup.state)
+            assert live.live >= len(places) * 2 * vocab_size, "two masks a row"
+    assert live.peak < 1.1 * 4 * 2 * vocab_size
 
 
 # --- log-probabilities ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -131,12 +132,18 @@ class FakeClient:
         self.dead: EngineDead | None = None
         self.requests: list[EngineRequest] = []
         self.live: set[str] = set()
+        self.owed: dict[str, float] = {}  # by request without a first event: since when
         self.num_read = 0  # events whose reader has asked for the next one
         self.aborted: list[str] = []
         self.hold_after: int | None = None
         self.go = asyncio.Event()
         self.error: Exception | None = None  # raised instead of the next step
+        self.is_hung = False  # does not even take note of an abort
         self.raise_after = 0
+
+    @property
+    def owed_since_s(self) -> float:
+        return min(self.owed.values(), default=time.monotonic())
 
     async def start(self) -> None:
         pass
@@ -152,6 +159,7 @@ class FakeClient:
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
         self.requests.append(request)
         self.live.add(request.request_id)
+        self.owed[request.request_id] = time.monotonic()
         done = False
         try:
             num_generated = 0
@@ -164,12 +172,15 @@ class FakeClient:
                 event = self._event(request, list(token_ids), num_generated, first=step == 0)
                 num_generated = event.usage.num_generated_tokens
                 done = event.finish is not None
+                self.owed.pop(request.request_id, None)
                 yield event
                 self.num_read += 1
                 if done:
                     return
         finally:
             self.live.discard(request.request_id)
+            if not self.is_hung:
+                self.owed.pop(request.request_id, None)
             if not done:
                 self.aborted.append(request.request_id)
 

@@ -125,6 +125,19 @@ async def test_an_engine_that_does_not_step(make_api: Make) -> None:
     await call
 
 
+async def test_who_leaves_a_hung_engine_does_not_mend_it(make_api: Make) -> None:
+    engine = FakeClient()
+    engine.hold_after, engine.is_hung = 0, True
+    api = make_api(engine, stall_timeout_s=0.05)
+    call = asyncio.create_task(api.chat())
+    await until(lambda: len(engine.requests) == 1)
+    call.cancel()
+    await until(lambda: len(engine.aborted) == 1)
+    await asyncio.sleep(0.06)
+    response = await api.http.get("/ready")
+    assert (response.status_code, response.json()["reason"]) == (503, "engine_stalled")
+
+
 async def test_a_stall_is_the_engines(make_api: Make) -> None:
     """A client that reads slowly holds a call open while the engine has nothing to do."""
     engine = FakeClient()

@@ -23,7 +23,12 @@ from penstock.kernels import gpu, paged
 from penstock.kernels.chip import chip
 from penstock.kernels.op import triton_problem
 from penstock.kernels.paged_decode import paged_decode, splits_of
-from penstock.kernels.paged_prefill import paged_prefill, rows_of_tile, tiles
+from penstock.kernels.paged_prefill import (
+    paged_prefill,
+    programs_at_once,
+    rows_of_tile,
+    schedule,
+)
 from penstock.kernels.transfer import upload
 
 MAX_BLOCK_SIZE = 256  # tokens
@@ -112,13 +117,13 @@ class PagedAttention(Protocol):
 
 
 class _Plan(NamedTuple):
-    """Rows of one token and tiles of the others; either may be none."""
+    """Rows of one token and the work of the others; either may be none."""
 
     decode_rows: torch.Tensor  # [n] int32
-    tile_rows: torch.Tensor | None  # [tiles] int32
-    tile_starts: torch.Tensor | None  # [tiles] int32
-    block_m: int  # of a tile
-    counters: torch.Tensor  # [n * Hkv] int32 or more, zeros between the layers
+    counters: torch.Tensor  # [max(n, num_shares) * Hkv] int32 or more, zeros between the kernels
+    work: torch.Tensor | None = None  # [pieces, 4] int32
+    num_shares: int = 0  # pieces of work that are shares of a tile
+    block_m: int = 0  # of a tile
 
 
 class TritonAttention:
@@ -156,17 +161,26 @@ class TritonAttention:
         return reasons
 
     def plan(self, batch: DeviceBatch) -> _Plan:
-        """List rows of one token and tiles of the others; one small copy to the device, if any."""
+        """List rows of one token and work for the others; one small copy to the device, if any.
+
+        How contexts are shared follows from `batch.contexts`, or, without it, from the bound.
+        """
         longest = max(batch.lengths, default=1)
         if longest == 1:
             return self.capture(batch)
-        group, device = self._shape.num_heads // self._shape.num_kv_heads, batch.input_ids.device
-        block_m = rows_of_tile(longest, group, self._shape.head_dim, chip(device))
+        shape, device = self._shape, batch.input_ids.device
+        group = shape.num_heads // shape.num_kv_heads
+        block_m = rows_of_tile(longest, group, shape.head_dim, chip(device))
+        work, num_shares = schedule(
+            batch.lengths,
+            batch.contexts or [batch.max_context_len] * len(batch.lengths),
+            block_m // group,
+            programs_at_once(block_m, shape.head_dim, shape.num_kv_heads, chip(device)),
+        )
         decode_rows = [row for row, length in enumerate(batch.lengths) if length == 1]
-        listed = np.array(tiles(batch.lengths, block_m // group), np.int32).T.copy()
-        uploaded = upload([np.array(decode_rows, np.int32), *listed], device)
-        counters = self._counters_of(len(decode_rows), device)
-        return _Plan(uploaded[0], uploaded[1], uploaded[2], block_m, counters)
+        rows, pieces = upload([np.array(decode_rows, np.int32), work.ravel()], device)
+        counters = self._counters_of(max(len(decode_rows), num_shares), device)
+        return _Plan(rows, counters, pieces.view(-1, 4), num_shares, block_m)
 
     def forward(self, q: torch.Tensor, layer: PagedLayer, batch: DeviceBatch) -> torch.Tensor:
         """See `PagedAttention.forward`."""
@@ -204,16 +218,17 @@ class TritonAttention:
                 soft_cap=soft_cap,
                 splits=splits,
             )
-        if plan.tile_rows is not None and plan.tile_starts is not None:
+        if plan.work is not None:
             paged_prefill(
                 *tensors,
-                plan.tile_rows,
-                plan.tile_starts,
+                plan.work,
+                plan.counters,
                 out,
                 scale=scale,
                 window=window,
                 soft_cap=soft_cap,
                 block_m=plan.block_m,
+                num_shares=plan.num_shares,
             )
         return out
 
@@ -222,13 +237,14 @@ class TritonAttention:
         num_rows, device = len(batch.lengths), batch.input_ids.device
         if len(self._every_row) < num_rows or self._every_row.device != device:
             self._every_row = torch.arange(2 * num_rows, dtype=torch.int32, device=device)
-        return _Plan(self._every_row[:num_rows], None, None, 0, self._counters_of(num_rows, device))
+        return _Plan(self._every_row[:num_rows], self._counters_of(num_rows, device))
 
     def refresh(self, batch: DeviceBatch, meta: _Plan) -> None:
         """Nothing: no number of an earlier step is in the plan."""
 
-    def _counters_of(self, num_rows: int, device: torch.device) -> torch.Tensor:
-        needed = num_rows * self._shape.num_kv_heads
+    def _counters_of(self, num_pairs: int, device: torch.device) -> torch.Tensor:
+        """For each KV head so many, of rows or of shares."""
+        needed = num_pairs * self._shape.num_kv_heads
         if len(self._counters) < needed or self._counters.device != device:
             self._counters = torch.zeros(2 * needed, dtype=torch.int32, device=device)
         return self._counters

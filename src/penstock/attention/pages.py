@@ -3,8 +3,10 @@
 Owns the memory, its layout and its number formats. Knows neither requests nor which blocks are
 free. Whoever writes 8-bit pages writes the scale of each vector beside them.
 
-Invariant: everything starts as zeros and stays finite, so that what a kernel loads and masks never
-multiplies a NaN by zero. The last block, `dummy_block`, belongs to nobody: padding writes there.
+Invariant: everything starts as zeros, and later holds what was written last: values of a request
+whose numbers overflowed stay infinite until somebody else writes there. Who reads must therefore
+not count on finite numbers where no token of its own is. The last block, `dummy_block`, belongs to
+nobody: padding writes there.
 """
 
 from __future__ import annotations

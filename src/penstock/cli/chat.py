@@ -1,7 +1,7 @@
 """`penstock chat`: a conversation in the terminal.
 
 With `--url` it talks to any OpenAI-compatible server and needs no engine; without, it loads a model
-into this process. One question can be given as an argument, or on stdin.
+into this process, with the engine's options. One question can be given as an argument, or on stdin.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from penstock import builtin
+from penstock.cli.options import build, options_of
+from penstock.engine.config import EngineConfig
 from penstock.errors import ConfigError, EngineError, PenstockError
 from penstock.protocol.sse import DONE_DATA, Decoder
 from penstock.types import SamplingParams
@@ -34,6 +38,7 @@ HELP = "/clear starts anew, /exit leaves (or Ctrl-D); Ctrl-C stops an answer."
 @click.option("--max-tokens", type=int, help="Default: up to the model's context.")
 @click.option("--seed", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON line.")
+@options_of(EngineConfig, skip=frozenset({"model", "seed"}))
 def command(
     question: str | None,
     model: str | None,
@@ -44,6 +49,7 @@ def command(
     temperature: float,
     max_tokens: int | None,
     seed: int | None,
+    **options: Any,
 ) -> int:
     """Chat with a model; give a QUESTION for one answer."""
     # Made and read first: what is wrong is told before a model is loaded.
@@ -59,7 +65,9 @@ def command(
         raise ConfigError("The question is empty.", hint="give it as an argument or on stdin")
     if as_json and question is None:
         raise ConfigError("`--json` needs a question.", hint='penstock chat --json "Hello!"')
-    partner = Remote(url, model, api_key) if url else Local(model or "brook")
+    if url:
+        _check_none(options)
+    partner = Remote(url, model, api_key) if url else Local(model or "brook", options)
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if question is not None:
         # A terminal may pass bytes that are no UTF-8; no server would take them.
@@ -70,14 +78,27 @@ def command(
     return 0
 
 
+def _check_none(options: dict[str, Any]) -> None:
+    """Refuse options of an engine where a server has its own; the environment may be for others."""
+    context = click.get_current_context()
+    for name in options:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise ConfigError(
+                f"`--{name.replace('_', '-')}` is for an engine in this process, and `--url` is "
+                "set.",
+                hint="leave one of them out; `penstock serve` takes the options of its engine",
+            )
+
+
 class Local:
     """A model in this process."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
         from penstock.llm import LLM  # torch, only now
 
         self.name = model
-        self._llm = LLM(model)
+        config = build(EngineConfig, options, model=model)
+        self._llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
 
     def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
         return self._llm.stream_chat(messages, params)

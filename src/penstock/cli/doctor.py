@@ -1,4 +1,8 @@
-"""`penstock doctor`: what this machine has, and what penstock makes of it."""
+"""`penstock doctor`: what this machine has, and what penstock makes of it.
+
+With `--json` the report is as `report` returns it: GPUs are a list of objects, and what may or may
+not run is an object that says whether it does.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 import penstock
 from penstock import hardware
 from penstock.engine.backends import ATTENTION_BACKENDS
+from penstock.engine.config import KV_CACHE_DTYPES
 from penstock.errors import ConfigError
 from penstock.extras import why_not
 
@@ -43,22 +48,56 @@ def command(as_json: bool) -> int:
         return 0
     for section, entries in found.items():
         click.echo(f"{section}")
-        for name, value in entries.items():
-            click.echo(f"  {name:<22} {value}")
+        for name, value in _named(entries):
+            click.echo(f"  {name:<22} {_text(value)}")
     return 0
 
 
-def report() -> dict[str, dict[str, Any]]:
+def report() -> dict[str, Any]:
     """The sections of the report: values only, no opinion that is not in them."""
+    torch = _torch()  # before others import it: it tells how long that takes
+    triton = _triton()
     return {
         "penstock": {"version": penstock.__version__, "python": platform.python_version()},
         "machine": _machine(),
         "GPUs": _gpus(),
         "packages": {name: _version(name) for name in PACKAGES},
         "built-in models": _builtin_models(),
-        "backends": {"triton": _triton(), "native": _native(), "torch": _torch()},
-        "attention on triton": _attention(),
+        "backends": {
+            "triton": triton._asdict(),
+            "native": _native()._asdict(),
+            "torch": torch._asdict(),
+        },
+        "attention on triton": {
+            name: finding._asdict() for name, finding in _attention(triton).items()
+        },
     }
+
+
+class Finding(NamedTuple):
+    """Whether something runs here: `runs {detail}`, or `cannot run: {detail}`."""
+
+    runs: bool
+    detail: str
+
+
+def _named(entries: dict[str, Any] | list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """The lines of a section; GPUs are called what torch calls them."""
+    if isinstance(entries, dict):
+        return list(entries.items())
+    if not entries:
+        return [("none", "usable; the backend triton says why")]
+    return [(f"cuda:{index}", entry) for index, entry in enumerate(entries)]
+
+
+def _text(value: Any) -> str:
+    """An entry for people."""
+    if not isinstance(value, dict):
+        return str(value)
+    if "runs" in value:
+        return f"{'runs' if value['runs'] else 'cannot run:'} {value['detail']}"
+    memory = f"{value['memory_bytes'] / 2**30:.1f} GiB"
+    return f"{value['name']}, {memory}, compute capability {value['compute_capability']}"
 
 
 def _machine() -> dict[str, Any]:
@@ -67,65 +106,85 @@ def _machine() -> dict[str, Any]:
         "usable cores": hardware.num_usable_cores(),
         "features": " ".join(hardware.cpu_features()) or "none of note",
         "memory available": f"{hardware.available_memory_bytes() / 2**30:.1f} GiB",
+        "NVIDIA driver": _driver(),
     }
 
 
-def _gpus() -> dict[str, str]:
-    """What torch sees of each; without a driver, and without torch, what the system shows."""
+def _driver() -> str:
     if not hardware.has_nvidia_device():
-        return {"none": "the system shows no NVIDIA device"}
-    found = {"driver": hardware.nvidia_driver() or "unknown"}
+        return "none: the system shows no NVIDIA device"
+    return hardware.nvidia_driver() or "unknown"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """What torch sees of each; why it sees none, the backend triton says."""
+    if not hardware.has_nvidia_device():
+        return []
     try:
         from penstock.kernels import gpu
-    except (ImportError, OSError) as error:
-        return found | {"none usable": why_not("torch", error)}
-    for index, one in enumerate(gpu.gpus()):
-        capability = ".".join(map(str, one.capability))
-        memory = f"{one.memory_bytes / 2**30:.1f} GiB"
-        found[f"cuda:{index}"] = f"{one.name}, {memory}, compute capability {capability}"
-    problem = gpu.problem()
-    return found if problem is None else found | {"none usable": problem}
+    except (ImportError, OSError):
+        return []
+    return [
+        {
+            "name": one.name,
+            "memory_bytes": one.memory_bytes,
+            "compute_capability": ".".join(map(str, one.capability)),
+        }
+        for one in gpu.gpus()
+    ]
 
 
-def _triton() -> str:
+def _triton() -> Finding:
     try:
         from penstock.models.load import device_problem
 
-        if problem := device_problem(_usual_model()):
-            return f"cannot run: {problem}"
+        if problem := device_problem(usual_model()):
+            return _not(problem.reason, problem.remedy)
         from penstock.kernels import gpu, op
     except (ImportError, OSError) as error:
-        return f"cannot run: {why_not('torch', error)}"
+        return Finding(False, why_not("torch", error))
+    except ConfigError as error:  # of a variable of the environment
+        return _not(error.message.rstrip("."), error.hint)
     if num_gpus := len(gpu.gpus()):
-        return f"runs on {num_gpus} GPU{'s' * (num_gpus > 1)}"
-    return f"runs on the CPU, to be tried out ({op.mode()} kernels); auto does not choose it"
+        return Finding(True, f"on {num_gpus} GPU{'s' * (num_gpus > 1)}")
+    told = f"on the CPU, to be tried out ({op.mode()} kernels); auto does not choose it"
+    return Finding(True, told)
 
 
-def _attention() -> dict[str, str]:
+def _not(reason: str, remedy: str | None) -> Finding:
+    return Finding(False, reason + (f"; {remedy}" if remedy else ""))
+
+
+def _attention(triton: Finding) -> dict[str, Finding]:
     """Which kernels can attend, for a model of a usual shape, in which formats of the KV cache."""
-    try:
-        from penstock.attention import paged
-        from penstock.kernels import gpu
+    if not triton.runs:
+        return dict.fromkeys(ATTENTION_BACKENDS[1:], triton)
+    from penstock.attention import paged
+    from penstock.kernels import gpu
 
-        spec, device = _usual_model(), gpu.device()
-    except (ImportError, OSError) as error:
-        return dict.fromkeys(ATTENTION_BACKENDS[1:], f"cannot run: {why_not('torch', error)}")
+    spec, device = usual_model(), gpu.device()
     problems: dict[str, dict[str, list[str]]] = {}  # by backend and format
-    for kv_cache_dtype in ("bfloat16", "int8", "fp8"):
+    for kv_cache_dtype in KV_CACHE_DTYPES[1:]:
         for name, reasons in paged.available(spec, kv_cache_dtype, 16, device).items():
             problems.setdefault(name, {})[kv_cache_dtype] = reasons
     return {name: _formats(by_format) for name, by_format in problems.items()}
 
 
-def _formats(problems: dict[str, list[str]]) -> str:
+def _formats(problems: dict[str, list[str]]) -> Finding:
+    """Formats that have the same reasons are told together."""
     can = [name for name, reasons in problems.items() if not reasons]
+    formats: dict[str, list[str]] = {}  # by what is against them
+    for name, reasons in problems.items():
+        if reasons:
+            formats.setdefault("; ".join(reasons), []).append(name)
     if not can:
-        return f"cannot run: {'; '.join(next(iter(problems.values())))}"
-    cannot = [f"; not in {name}: {'; '.join(told)}" for name, told in problems.items() if told]
-    return f"runs, KV cache in {', '.join(can)}" + "".join(cannot)
+        fewest = min(problems.values(), key=lambda reasons: len(reasons))
+        return Finding(False, "; ".join(fewest))
+    cannot = [f"; not in {', '.join(names)}: {why}" for why, names in formats.items()]
+    return Finding(True, f"with a KV cache in {', '.join(can)}" + "".join(cannot))
 
 
-def _usual_model() -> ModelSpec:
+def usual_model() -> ModelSpec:
     """Llama 3.1 8B: what stands for a model where none is given."""
     from penstock.models.spec import ModelSpec
 
@@ -143,11 +202,11 @@ def _usual_model() -> ModelSpec:
     )
 
 
-def _native() -> str:
+def _native() -> Finding:
     try:
         importlib.import_module("penstock.models.native_model")  # with all that it needs
     except (ImportError, OSError) as error:
-        return f"cannot run: {why_not('a package', error)}"
+        return Finding(False, why_not("a package", error))
     from penstock.native import library
 
     try:
@@ -155,20 +214,20 @@ def _native() -> str:
     except ConfigError as error:  # of a variable of the environment
         reason = error.message
     if reason:
-        return f"cannot run: {reason}"
+        return Finding(False, reason)
     found = library.load()
     num_threads = hardware.num_usable_cores()
-    return f"runs, {library.isa_name(found.isa)}, {num_threads} threads; {found.path}"
+    return Finding(True, f"with {library.isa_name(found.isa)}, {num_threads} threads; {found.path}")
 
 
-def _torch() -> str:
+def _torch() -> Finding:
     started = time.monotonic()
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that it brings does not load
-        return f"cannot run: {why_not('torch', error)}"
+        return Finding(False, why_not("torch", error))
     loaded_s = time.monotonic() - started
-    return f"runs, {torch.get_num_threads()} threads; torch loads in {loaded_s:.2f} s"
+    return Finding(True, f"with {torch.get_num_threads()} threads; torch loads in {loaded_s:.2f} s")
 
 
 def _builtin_models() -> dict[str, str]:

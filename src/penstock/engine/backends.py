@@ -13,6 +13,7 @@ from penstock.errors import ConfigError
 from penstock.quantization.schemes import DEVICE_NAMES, NATIVE_NAMES, NONE
 
 NAMES = ("triton", "native", "torch")  # in the order in which `auto` asks them
+MAX_BLOCK_SIZE = 256  # tokens: `penstock.attention.paged.MAX_BLOCK_SIZE`
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer")
 
 
@@ -28,7 +29,14 @@ class Backends(Protocol):
         """GPUs that the triton backend can use; with none it computes on the CPU, if at all."""
 
     def problem(self, name: str) -> str | None:
-        """Why the backend `native` or `triton` cannot compute the model here; None if it can."""
+        """Why the backend `native` or `triton` cannot compute the model here; None if it can.
+
+        Raises:
+            ConfigError: the environment asks for what the backend has not.
+        """
+
+    def remedy(self, name: str) -> str | None:
+        """What helps against that problem, as a hint, if anything that is known."""
 
     def fp8_problem(self) -> str | None:
         """Why the triton backend cannot compute with 8-bit floats here; None if it can."""
@@ -38,18 +46,21 @@ def choose(asked: str, backends: Backends) -> str:
     """The backend of that name, or the first that can: `triton` needs a GPU to be chosen.
 
     Raises:
-        ConfigError: the one that is asked for cannot compute the model here.
+        ConfigError: the one that is asked for cannot compute the model here, or what the
+            environment says of one that is looked at cannot be had.
     """
     if asked == "auto":
-        if backends.num_gpus and backends.problem("triton") is None:
+        is_able = backends.shows_gpu and backends.problem("triton") is None
+        if is_able and backends.num_gpus:
             return "triton"
         return "native" if backends.problem("native") is None else "torch"
-    problem = None if asked == "torch" else backends.problem(asked)
-    if problem is not None:
+    # Of the environment's wishes for the native backend, those that cannot be had are refused here.
+    problem = backends.problem("native" if asked == "torch" else asked)
+    if problem is not None and asked != "torch":
         other = "auto" if asked == "triton" else "torch"
         raise ConfigError(
             f"`backend` is `{asked}`, which cannot be used: {problem}.",
-            hint=f"use `--backend {other}`, and see `penstock doctor`",
+            hint=backends.remedy(asked) or f"use `--backend {other}`, and see `penstock doctor`",
         )
     return asked
 
@@ -76,16 +87,28 @@ def check(backend: str, settings: dict[str, Any], backends: Backends) -> None:
         value = settings[name]
         if value not in values:
             owners = [other for other in NAMES if value in has(other, dtype).get(name, (value,))]
+            why = f"which {_only(owners)}"
+            if (backend, name) == ("torch", "kv_cache_dtype"):
+                why = f"and the torch backend has it as `dtype` only, `{dtype}`"
             raise ConfigError(
-                f"`{name}` is `{value}`, which {_only(owners)}.",
-                hint="leave it out" + _other(owners, backends),
+                f"`{name}` is `{value}`, {why}.", hint="leave it out" + _other(owners, backends)
             )
     if backend == "triton":
-        _check_gpus(settings, backends)
+        _check_device(settings, backends)
 
 
-def _check_gpus(settings: dict[str, Any], backends: Backends) -> None:
-    """Refuse what the triton backend has, and not on these GPUs, or not without one."""
+def _check_device(settings: dict[str, Any], backends: Backends) -> None:
+    """Refuse what the triton backend has, and not so large, not on these GPUs, or not without one.
+
+    With blocks that our own kernels can attend to, `auto` is always these.
+    """
+    block_size = settings["block_size"]
+    if block_size > MAX_BLOCK_SIZE and settings["attention_backend"] != "flashinfer":
+        raise ConfigError(
+            f"`block_size` is `{block_size}`, and attention on triton has blocks of at most "
+            f"`{MAX_BLOCK_SIZE}` tokens.",
+            hint=f"use `--block-size {MAX_BLOCK_SIZE}` or less",
+        )
     num_ranks, num_gpus = settings["tensor_parallel_size"], backends.num_gpus
     if 0 < num_gpus < num_ranks:
         raise ConfigError(
@@ -145,4 +168,6 @@ def _other(owners: list[str], backends: Backends) -> str:
     for name in owners:
         if problems.get(name) is None:
             return f", or use `--backend {name}`"
-    return "".join(f", or see to the {name} backend: {why}" for name, why in problems.items())
+    told = [f"{name} cannot run here: {why}" for name, why in problems.items()]
+    remedies = [backends.remedy(name) for name in problems]
+    return "".join(f"; {line}" for line in [*told, *remedies] if line)

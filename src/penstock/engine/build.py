@@ -22,7 +22,8 @@ from penstock.types import SamplingParams
 if TYPE_CHECKING:  # it is made of torch
     from penstock.parallel.group import Group
 
-_PROMPT_SIZES = (8, 32, 64, 512)  # tokens of a warm-up; quantized products are cut for these
+_PROMPT_SIZE = 8  # tokens of a warm-up without a GPU
+_SHORT_SIZE = 2  # and on a GPU of a prompt beside the longest: attention has other tiles for it
 
 
 def make_runner(
@@ -70,18 +71,17 @@ def make_runner(
 def warm_up(runner: Runner, config: EngineConfig, phases: dict[str, float]) -> None:
     """Run a prompt and a decode step in row 0 and the first blocks; leave the row free.
 
-    On a GPU a prompt of each of the sizes that kernels are cut for, so that the largest step has
-    taken its memory, and all are compiled, before the first request comes.
+    On a GPU the longest prompt, with which the largest step has taken its memory, and a short one,
+    which attention has other tiles for. Weights, sampler and graphs compiled theirs when made.
     """
     is_on_gpu = config.gpu_memory_utilization is not None
     most = min(config.max_num_batched_tokens, config.context_len - 1)
-    sizes = [size for size in _PROMPT_SIZES if size < most] if is_on_gpu else []
-    num_tokens = most if is_on_gpu else min(_PROMPT_SIZES[0], most)
+    num_tokens = most if is_on_gpu else min(_PROMPT_SIZE, most)
     block_ids = list(range(-(-(num_tokens + 1) // config.block_size)))
     admission = Admission(0, [0] * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0)
-    first, *others = [*sizes, num_tokens]  # all but the last are pieces of the prompt
-    plans = [StepPlan([Slice(0, 0, first)], [admission], [], [(0, block_ids)])]
-    plans += [StepPlan([Slice(0, 0, size)], [], [], []) for size in others]
+    plans = [StepPlan([Slice(0, 0, num_tokens)], [admission], [], [(0, block_ids)])]
+    if is_on_gpu and most > _SHORT_SIZE:  # a piece of the prompt
+        plans.append(StepPlan([Slice(0, 0, _SHORT_SIZE)], [], [], []))
     if num_tokens + 2 <= config.context_len:
         plans.append(StepPlan([Slice(0, num_tokens, 1)], [], [], []))
     with timed(phases, "warmup"):

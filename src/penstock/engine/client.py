@@ -13,6 +13,7 @@ import asyncio
 import copy
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Protocol, final
 
@@ -24,6 +25,7 @@ from penstock.types import EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 logger = logging.getLogger(__name__)
 
+SHUT_DOWN = ErrorReport("EngineDead", "The engine was shut down.")
 _JOIN_S = 10.0  # a step in progress cannot be interrupted; longer is not waited for it
 
 
@@ -42,6 +44,13 @@ class EngineClient(Protocol):
     def dead(self) -> EngineDead | None:
         """None while the engine can serve; else the error that names why it cannot."""
 
+    @property
+    def owed_since_s(self) -> float:
+        """`time.monotonic()` when the engine was told what it has not answered yet; now if nothing.
+
+        A request is answered by its first token, and its abort by its end, also when nobody waits.
+        """
+
     async def start(self) -> None:
         """Load the model and begin to step. Raises what loading raises."""
 
@@ -55,6 +64,10 @@ class EngineClient(Protocol):
 
     async def shutdown(self) -> None:
         """Stop the engine; open requests get an error."""
+
+
+def _now_s() -> float:
+    return time.monotonic()
 
 
 class StreamingClient:
@@ -87,6 +100,11 @@ class StreamingClient:
         """None while the engine can serve; else the error that names why it cannot."""
         return None if self._dead is None else EngineDead(self._dead.message, hint=self._dead.hint)
 
+    @property
+    def owed_since_s(self) -> float:
+        """Since when the engine owes an answer."""
+        return min((stream.owed_since_s for stream in self._streams.values()), default=_now_s())
+
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent, None]:
         """Run one request; see `EngineClient.generate`.
 
@@ -107,6 +125,7 @@ class StreamingClient:
         finally:
             if not stream.is_ended and self._dead is None:
                 self._send(Abort(request.request_id))
+                stream.owe()
 
     def _send(self, command: Command) -> None:
         """Hand a command to the engine without waiting."""
@@ -151,6 +170,8 @@ class StreamingClient:
 
     def _die(self, report: ErrorReport) -> None:
         """The engine has stopped, or will: every open request ends with the first cause."""
+        if self._dead is None and report is not SHUT_DOWN:
+            logger.error(report.message)
         if self._dead is None or not self._is_over:
             self._dead, self._is_over = report, True
             self._settle(report.error)
@@ -161,9 +182,10 @@ class StreamingClient:
 class _Stream:
     """The events of one request between the engine and its reader: at most one, merged."""
 
-    __slots__ = ("_error", "_event", "_news", "is_ended")
+    __slots__ = ("_error", "_event", "_news", "_owed_since_s", "is_ended")
 
     def __init__(self) -> None:
+        self.owe()
         self._event: TokenEvent | None = None
         self._error: ErrorReport | None = None
         self._news = asyncio.Event()
@@ -174,7 +196,17 @@ class _Stream:
         """Whether the reader has had the last event."""
         return self.is_ended and self._event is None and self._error is None
 
+    @property
+    def owed_since_s(self) -> float:
+        """Since when the engine owes an answer; now if it owes none."""
+        return _now_s() if self._owed_since_s is None else self._owed_since_s
+
+    def owe(self) -> None:
+        """The engine was told something."""
+        self._owed_since_s: float | None = _now_s()
+
     def push(self, event: TokenEvent) -> None:
+        self._owed_since_s = None
         self._event = event if self._event is None else merge(self._event, event)
         self.is_ended = event.finish is not None
         self._news.set()
@@ -243,7 +275,7 @@ class ThreadClient(StreamingClient):
 
     async def shutdown(self) -> None:
         """Stop the engine after its current step; open requests get an error."""
-        self._die(ErrorReport("EngineDead", "The engine was shut down."))
+        self._die(SHUT_DOWN)
         if self._thread is not None and self._engine is not None:
             self._engine.send(Stop())
             await asyncio.to_thread(self._thread.join, _JOIN_S)

@@ -119,7 +119,7 @@ class _Computed(NamedTuple):
     rows: torch.Tensor  # [L] int32
     num_tokens: torch.Tensor  # [L] int32
     places: torch.Tensor  # [L] int64, of the sampled tokens in the tables
-    prompt_logprobs: list[_Logprobs]
+    prompt_logprobs: list[_Logprobs]  # on their way to the host
 
 
 @final
@@ -151,7 +151,8 @@ class DeviceRunner:
         )
         vocab_size = model.spec.vocab_size
         self._sampler = DeviceSampler(num_rows + 1, vocab_size, eos_token_ids, model.device)
-        self._sampler.warm_up(torch.zeros(1, vocab_size, dtype=model.dtype, device=model.device))
+        hidden = torch.zeros(1, model.spec.hidden_size, dtype=model.dtype, device=model.device)
+        self._sampler.warm_up(model.logits(hidden))
         self._graphs = None if enforce_eager else DecodeGraphs(model, tables)
 
     @property
@@ -204,7 +205,7 @@ class DeviceRunner:
             rows,
             transfer.download(token_ids),
             logprobs and logprobs.download(),
-            [piece.download() for piece in prompt_logprobs],
+            prompt_logprobs,
             transfer.event(self.model.device),
         )
         step.done.record()
@@ -217,19 +218,22 @@ class DeviceRunner:
             Nothing, or places [n] int64 and what is to be put there, [n] int32.
         """
         state, tables = self._state, self.tables
-        places: list[int] = []
-        numbers: list[int] = []
+        places: list[I64] = []
+        numbers: list[I64 | I32] = []
         for row, token_ids, *_ in plan.admitted:
-            first = tables.place(row, 0)
-            places += range(first, first + len(token_ids))
-            numbers += token_ids
+            first, num_tokens = tables.place(row, 0), len(token_ids)
+            places.append(np.arange(first, first + num_tokens))
+            numbers.append(state.token_ids[row, :num_tokens])
         ends: dict[int, int] = {}
         for row, block_ids in reversed(plan.new_blocks):
-            end = ends[row] = ends.get(row, int(state.num_blocks[row])) - len(block_ids)
-            first = tables.block_place(row, end)
-            places += range(first, first + len(block_ids))
-            numbers += block_ids
-        return [np.array(places, np.int64), np.array(numbers, np.int32)] if places else []
+            end = ends.get(row, int(state.num_blocks[row]))
+            start = ends[row] = end - len(block_ids)
+            first = tables.block_place(row, start)
+            places.append(np.arange(first, first + len(block_ids)))
+            numbers.append(state.block_table[row, start:end])
+        if not places:
+            return []
+        return [np.concatenate(places), np.concatenate(numbers).astype(np.int32)]
 
     def _apply(self, changes: list[torch.Tensor]) -> None:
         """Put into the tables what `_changes` found, if anything."""
@@ -242,17 +246,17 @@ class DeviceRunner:
 
     def _replay(self, slices: _Slices, changes: list[NDArray[Any]]) -> _Computed | None:
         """Compute the step as a graph, if there is one for such a step."""
-        tables = self.tables
-        if self._graphs is None or not slices.is_decode:
+        tables, graphs = self.tables, self._graphs
+        if graphs is None or not slices.is_decode or len(slices.rows) > graphs.sizes[-1]:
             return None
-        padded = self._graphs.padded(slices.rows, slices.starts)
+        padded = graphs.padded(slices.rows, slices.starts)
         arrays: list[NDArray[Any]] = [*padded, self._places(slices), *changes]
         if not tables.fits(arrays):  # prompts, all but a token of which were found in the cache
             return None
         rows, _, ends, places, *written = tables.upload(arrays, is_fixed=True)
         self._apply(written)
         num_rows = len(slices.rows)
-        logits = self._graphs.replay(padded)[:num_rows]
+        logits = graphs.replay(padded)[:num_rows]
         return _Computed(logits, rows[:num_rows], ends[:num_rows], places, [])
 
     def _compute(self, slices: _Slices, changes: list[NDArray[Any]]) -> _Computed:
@@ -310,7 +314,10 @@ class DeviceRunner:
     def _prompt_logprobs(
         self, slices: _Slices, query_start: I32, hidden: torch.Tensor
     ) -> list[_Logprobs]:
-        """Of prompt tokens start + 1 .. start + length of the slices whose rows ask for it."""
+        """Of prompt tokens start + 1 .. start + length of the slices whose rows ask for it.
+
+        On their way to the host, so that the device holds one piece at a time.
+        """
         state = self._state
         found = []
         for index in state.wants_prompt_logprobs[slices.rows].nonzero()[0].tolist():
@@ -327,5 +334,5 @@ class DeviceRunner:
                 at = int(query_start[index]) + position - start - 1
                 logits = self.model.logits(hidden[at : at + len(targets)])
                 values = prompt_logprobs(logits, targets, k)
-                found.append(_Logprobs([row], [k] * len(targets), values))
+                found.append(_Logprobs([row], [k] * len(targets), values).download())
         return found

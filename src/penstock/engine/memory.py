@@ -8,6 +8,7 @@ Invariant: a plan that is returned has room for at least one request of `max_mod
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 from penstock.engine.config import EngineConfig
@@ -15,6 +16,7 @@ from penstock.engine.state import DeviceState
 from penstock.errors import NotEnoughMemory
 from penstock.hardware import available_memory_bytes
 from penstock.models.device_footprint import (
+    GROUP_BYTES,
     DeviceStep,
     flashinfer_bytes,
     graph_sizes,
@@ -32,6 +34,7 @@ PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are held at the same 
 SHAPED_LOGITS = 2**20  # that are shaped or sorted at once on a device: `sampling.device.PIECE`
 SHAPED_BYTES = 96  # each of them: 72 in tensors, measured with typical-p, and room to sort
 MASK_BYTES = 2  # a logit there, for what a request excludes
+_UNITS = {20: "MiB", 30: "GiB", 40: "TiB"}
 LOGIT_BYTES = 28  # a logit: itself, its softmax, sorted, running sums; measured with top-k
 
 
@@ -64,13 +67,15 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> 
     model = _footprint(spec, config)
     workspace_bytes = model.workspace_bytes + _engine_bytes(spec, config)
     fixed_bytes = model.runtime_bytes + model.weight_bytes + workspace_bytes
-    num_dummies = 1 if config.backend == "triton" else 0  # blocks that padding is written to
+    num_dummies = _num_dummies(config)
     fixed_bytes += num_dummies * block_bytes
     left_bytes = available_bytes - fixed_bytes
     num_blocks = _num_blocks(config, block_bytes, left_bytes)
     kv_bytes = num_blocks * block_bytes
     total_bytes = fixed_bytes + kv_bytes
+    num_ranks = config.tensor_parallel_size
     lines = (
+        *([f"ranks      {num_ranks}, each of which takes:"] if num_ranks > 1 else []),
         f"weights    {_size(model.weight_bytes)} = {model.weights}",
         f"workspace  {_size(workspace_bytes)} for {config.max_num_batched_tokens:,} tokens a step, "
         f"{config.max_num_seqs} requests of {config.context_len:,} tokens",
@@ -116,20 +121,40 @@ def available_bytes(config: EngineConfig, rank: int = 0) -> int:
 def check_rank(spec: ModelSpec, config: EngineConfig, num_blocks: int, rank: int) -> None:
     """Whether a rank's own GPU has room for what the first one has planned with its GPU.
 
+    Asked when the group is there and nothing else. The share that `--gpu-memory-utilization` leaves
+    is for what no plan knows, and so for the little by which GPUs that are alike differ.
+
     Raises:
         NotEnoughMemory: it has not; the sentence has the arithmetic for this rank.
     """
     if rank == 0 or config.gpu_memory_utilization is None:
         return
+    free_bytes = available_bytes(replace(config, gpu_memory_utilization=1.0), rank)
     planned = replace(config, num_blocks=num_blocks, kv_cache_memory_bytes=None)
-    plan_memory(spec, planned, available_bytes(config, rank))
+    plan = plan_memory(spec, planned, sys.maxsize)
+    missing_bytes = plan.total_bytes - GROUP_BYTES - free_bytes
+    if missing_bytes > 0:
+        fits = num_blocks - -(-missing_bytes // plan.block_bytes)
+        is_enough = fits * config.block_size >= config.context_len
+        lines = (
+            f"The GPU of rank `{rank}` has no room for the plan, made for that of rank `0`:",
+            *plan.lines[:-1],
+            f"total      {_size(plan.total_bytes)}: the group has {_size(GROUP_BYTES)} of it now",
+            f"free       {_size(free_bytes)}: {_size(missing_bytes).strip()} too little",
+        )
+        raise NotEnoughMemory(
+            "\n".join(lines),
+            hint=f"free memory on the GPU of rank `{rank}`"
+            + (f", or use `--num-blocks {fits}` or less" if is_enough else ""),
+        )
 
 
 def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
     """What the backend takes for the model."""
     if config.backend == "triton":
         graphs = [] if config.enforce_eager else graph_sizes(config.max_num_seqs)
-        largest = DeviceStep(config.max_num_batched_tokens, config.max_num_seqs, len(graphs))
+        num_rows = max(graphs, default=0)
+        largest = DeviceStep(config.max_num_batched_tokens, num_rows, len(graphs))
         return on_device(
             spec,
             config.dtype,
@@ -148,9 +173,10 @@ def _engine_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Logits and the state of requests, at the largest step."""
     sizes = config.max_num_seqs, config.context_len, config.block_size
     if config.backend == "triton":
-        attention = flashinfer_bytes(config.max_num_seqs, is_eager=config.enforce_eager)
-        told = attention if config.attention_backend == "flashinfer" else 0
-        return _device_logit_bytes(spec, config) + table_bytes(*sizes) + told
+        attention = 0  # "auto" takes our own kernels wherever FlashInfer could compute as well
+        if config.attention_backend == "flashinfer":
+            attention = flashinfer_bytes(config.max_num_seqs, is_eager=config.enforce_eager)
+        return _device_logit_bytes(spec, config) + table_bytes(*sizes) + attention
     logits = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS) * spec.vocab_size * LOGIT_BYTES
     return logits + DeviceState.bytes_for(*sizes)
 
@@ -162,14 +188,23 @@ def _device_logit_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     computed = item_bytes * (share * (1 + ranks) if ranks > 1 else share)
     rows = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS)
     eager = rows * (computed + item_bytes * spec.hidden_size)
-    replayed = config.max_num_seqs * (computed + item_bytes * spec.vocab_size)
+    num_replayed = 0 if config.enforce_eager else graph_sizes(config.max_num_seqs)[-1]
+    replayed = num_replayed * (computed + item_bytes * spec.vocab_size)
     shaped = max(SHAPED_LOGITS, spec.vocab_size) * SHAPED_BYTES
     masks = config.max_num_seqs * spec.vocab_size * MASK_BYTES
-    return eager + (0 if config.enforce_eager else replayed) + shaped + masks
+    return eager + replayed + shaped + masks
+
+
+def _num_dummies(config: EngineConfig) -> int:
+    """Blocks that padding is written to, beside those of requests."""
+    return 1 if config.backend == "triton" else 0
 
 
 def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
-    """The size of the pool: as asked for, else up to every request at full length."""
+    """The size of the pool: as asked for, else up to every request at full length.
+
+    Bytes that are given hold the blocks for padding as well; those are off `left_bytes` already.
+    """
     needed = -(-config.context_len // config.block_size)  # of one request
     if config.num_blocks is None and config.kv_cache_memory_bytes is None:
         is_on_gpu = config.gpu_memory_utilization is not None
@@ -178,8 +213,9 @@ def _num_blocks(config: EngineConfig, block_bytes: int, left_bytes: int) -> int:
     if config.num_blocks is not None:
         num_blocks, enough = config.num_blocks, f"--num-blocks {needed}"
     else:
-        num_blocks = (config.kv_cache_memory_bytes or 0) // block_bytes
-        enough = f"--kv-cache-memory-bytes {needed * block_bytes}"
+        num_dummies = _num_dummies(config)
+        num_blocks = max((config.kv_cache_memory_bytes or 0) // block_bytes - num_dummies, 0)
+        enough = f"--kv-cache-memory-bytes {(needed + num_dummies) * block_bytes}"
     if (fits := num_blocks * config.block_size) < config.context_len:
         raise NotEnoughMemory(
             f"The KV cache of `{num_blocks}` blocks of `{config.block_size}` tokens is too small "
@@ -211,7 +247,8 @@ def _what_fits(config: EngineConfig, plan: MemoryPlan, left_bytes: int) -> str:
         return f"use `--max-model-len {num_tokens}` or less{open_pool}"
     if config.num_blocks is not None:
         return f"use `--num-blocks {num_blocks}` or less"
-    return f"use `--kv-cache-memory-bytes {num_blocks * plan.block_bytes}` or less"
+    pool_bytes = (num_blocks + _num_dummies(config)) * plan.block_bytes
+    return f"use `--kv-cache-memory-bytes {pool_bytes}` or less"
 
 
 def _where(config: EngineConfig) -> str:
@@ -223,6 +260,8 @@ def _where(config: EngineConfig) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:8.2f} GiB"
-    return f"{num_bytes / 2**20:8.2f} MiB"
+    """In 12 places, however much it is."""
+    power = min(max((num_bytes.bit_length() - 1) // 10 * 10, 20), 40)
+    number = num_bytes / 2**power
+    form = "8.2f" if number < 10**5 else "8.2e"
+    return f"{number:{form}} {_UNITS[power]}"

@@ -1,7 +1,7 @@
 """The processes of the other ranks, seen from rank 0: started, watched, ended.
 
-Owns the children, the sockets to them and a thread that listens to them all. Knows neither plans
-nor models. What they run is `engine.rank_worker`.
+Owns the children and a thread that listens to them all. Knows neither plans nor models. What they
+run is `engine.rank_worker`.
 Invariant: the ranks end together. When one fails the others are killed, so that nobody waits in a
 collective for one that is gone, and everybody here is told the first cause; when this process ends,
 however it does, the sockets close and the ranks end themselves.
@@ -9,66 +9,52 @@ however it does, the sockets close and the ranks end themselves.
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import logging
 import math
 import os
 import selectors
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import msgspec
 
 from penstock.engine import rank_worker
-from penstock.engine.rank_worker import LOST, Arrived, Failed, Model, Place, Ready, Report
+from penstock.engine.rank_worker import LOST, Arrived, Model, Place, Ready, Report
 from penstock.errors import EngineDead
 from penstock.hardware import TERMINAL
-from penstock.protocol.frames import Frames, frame
-from penstock.protocol.reports import ErrorReport
+from penstock.protocol.child import Child
+from penstock.protocol.frames import Frames
+from penstock.protocol.reports import ErrorReport, Failed
 
 if TYPE_CHECKING:  # it is made of torch
     from penstock.parallel.distributed import Distributed
 
+logger = logging.getLogger(__name__)
+
 _EXIT_S = 5.0  # how long a rank may take to end before it is killed
 _CAUSE_S = 2.0  # a rank that is lost waits so long for the cause, which another's death tells
-_STATUS_S = 1.0  # a closed socket waits so long for the exit status that explains it
 _TICK_S = 1.0  # how often the time of a step is looked at
-_NUM_TAIL_LINES = 12
 
 
-class _Rank:
-    """One of them: its process and what is known of it."""
+class _Rank(Child):
+    """One of them, and what is known of it."""
 
-    def __init__(self, number: int, make: str) -> None:
-        self.number = number
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            fd = theirs.fileno()
-            self.process = subprocess.Popen(
-                # -P: `-m` would else let the working directory come before the installed packages
-                [sys.executable, "-P", "-m", rank_worker.__name__, str(fd), make],
-                pass_fds=[fd],
-                env={name: value for name, value in os.environ.items() if name != TERMINAL},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is rank 0's to handle
-            )
-        assert self.process.stdout is not None
-        self.output = self.process.stdout
+    def __init__(self, place: Place, make: str) -> None:
+        self.number = place.rank
         self.frames = Frames()
-        self.line = b""  # the beginning of one that is not whole yet
-        self.tail: collections.deque[str] = collections.deque(maxlen=_NUM_TAIL_LINES)
         self.reached: set[type[Report]] = set()
+        environment = {name: value for name, value in os.environ.items() if name != TERMINAL}
+        program, prefix = [rank_worker.__name__, make], f"rank {place.rank}: "
+        super().__init__(f"Rank `{place.rank}`", program, place, environment, prefix)
+        self.socket.settimeout(place.timeout_s)
 
 
 @final
@@ -83,6 +69,9 @@ class Peers:
             size: how many ranks there are, this one included.
             make: `module:function` that makes the runner of a rank, a `rank_worker.Make`.
             timeout_s: how long a step may take, and a rank may wait for another.
+
+        Raises:
+            ConfigError: a name in `model` is not UTF-8.
         """
         self._directory = Path(tempfile.mkdtemp(prefix="penstock-"))  # closed to other users
         self._timeout_s = timeout_s
@@ -92,43 +81,51 @@ class Peers:
         self._is_over = False  # they are being ended: that they die is no news
         self._deadline_s = math.inf  # of the step under way
         self._patience_s = math.inf  # till then a rank that was lost waits for its cause
-        self._ranks = [_Rank(number, make) for number in range(1, size)]
-        for rank in self._ranks:
-            rank.socket.settimeout(timeout_s)
-            place = Place(model, rank.number, size, str(self._directory), timeout_s)
-            with contextlib.suppress(ConnectionError):  # it ended already: the watcher tells
-                rank.socket.sendall(frame(place))
+        self._ranks: list[_Rank] = []
         self._watcher = threading.Thread(target=self._watch, name="penstock-ranks", daemon=True)
-        self._watcher.start()
-
-    @property
-    def pids(self) -> list[int]:
-        """Their process ids, by rank."""
-        return [rank.process.pid for rank in self._ranks]
+        try:
+            for number in range(1, size):
+                place = Place(model, number, size, str(self._directory), timeout_s)
+                self._ranks.append(_Rank(place, make))
+            self._watcher.start()
+        except BaseException:
+            self.end()
+            raise
 
     def wait_for(self, report: type[Report]) -> None:
         """Wait until every rank has sent this report. Raises why one does not."""
 
-        def missing() -> list[_Rank]:
-            return [rank for rank in self._ranks if report not in rank.reached]
+        def missing() -> list[int]:
+            return [rank.number for rank in self._ranks if report not in rank.reached]
 
-        with self._changed:
-            self._changed.wait_for(lambda: self._cause or not missing(), self._timeout_s)
-            if self._cause is None and (late := missing()):
-                raise EngineDead(
-                    f"Rank `{late[0].number}` did not answer for `{self._timeout_s:g}` s."
-                )
-        self.check()
+        self._wait(lambda: not missing(), lambda: f"Rank `{missing()[0]}` did not answer")
 
     def meet(self) -> Distributed:
-        """Meet them: this process's place among the ranks, which `end` gives up."""
+        """Meet them: this process's place among the ranks, which `end` gives up.
+
+        On a thread, because what they meet with does not notice that one of them dies meanwhile.
+        """
         from penstock.kernels.gpu import device  # torch, which the others import meanwhile
         from penstock.parallel.distributed import Distributed
 
         self.wait_for(Arrived)
         size = len(self._ranks) + 1
-        self._group = Distributed(self._directory, 0, size, device(0), self._timeout_s)
-        return self._group
+        self._group = group = Distributed(self._directory, 0, size, device(0), self._timeout_s)
+        joined: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                group.join()
+                joined.set_result(None)
+            except Exception as error:  # noqa: BLE001 - it is raised by who waits
+                joined.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        threading.Thread(target=join, name="penstock-join", daemon=True).start()
+        self._wait(joined.done, lambda: "The ranks did not meet")
+        joined.result()
+        return group
 
     def check(self) -> None:
         """Raise the cause if a rank has died."""
@@ -187,13 +184,8 @@ class Peers:
                 rank.socket.shutdown(socket.SHUT_RDWR)  # not closed: the watcher still reads it
         deadline_s = time.monotonic() + _EXIT_S
         for rank in self._ranks:
-            try:
-                rank.process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(_EXIT_S)
-        if threading.current_thread() is not self._watcher:
+            rank.end(max(0.0, deadline_s - time.monotonic()))
+        if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(_EXIT_S)
         for rank in self._ranks:
             rank.socket.close()
@@ -201,21 +193,30 @@ class Peers:
             self._group.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def _wait(self, until: Callable[[], bool], late: Callable[[], str]) -> None:
+        """Wait for what another thread notifies of. Raises the cause if a rank dies first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._cause is not None or until(), self._timeout_s)
+            if self._cause is None and not until():
+                raise EngineDead(f"{late()} in `{self._timeout_s:g}` s.")
+        self.check()
+
     # --- the watcher's thread ---
 
     def _watch(self) -> None:
         """Listen to every rank until all are gone, and look at the clock."""
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-            for rank in self._ranks:
-                selector.register(rank.socket, selectors.EVENT_READ, (self._receive, rank))
-                selector.register(rank.output, selectors.EVENT_READ, (self._forward, rank))
-                stack.enter_context(rank.output)
-            while selector.get_map() or self._is_puzzled:
-                for key, _ in selector.select(_TICK_S):
-                    read, rank = key.data
-                    if not read(rank):
-                        selector.unregister(key.fileobj)
-                self._look_at_the_clock()
+        try:
+            with selectors.DefaultSelector() as selector:
+                for rank in self._ranks:
+                    selector.register(rank.socket, selectors.EVENT_READ, rank)
+                while selector.get_map() or self._is_puzzled:
+                    for key, _ in selector.select(_TICK_S):
+                        if not self._receive(key.data):
+                            selector.unregister(key.fileobj)
+                    self._look_at_the_clock()
+        except Exception as error:  # better no ranks than some that nobody watches
+            logger.exception("The ranks are not watched any more.")
+            self._fail(ErrorReport.of_death(error, "The watcher of the ranks"))
 
     @property
     def _is_puzzled(self) -> bool:
@@ -249,26 +250,12 @@ class Peers:
         return bool(data)
 
     def _bury(self, rank: _Rank) -> None:
-        """Find out how a rank ended; while it was loading, its last words are told too."""
-        hint = None
-        try:
-            status = rank.process.wait(_STATUS_S)
-        except subprocess.TimeoutExpired:
-            text = f"Rank `{rank.number}` closed its connection."
+        """Find out how a rank ended."""
+        report = rank.death(is_loading=Ready not in rank.reached)
+        if rank.process.returncode == LOST:  # another's end is the cause, and is about to be seen
+            self._patience_s = min(self._patience_s, time.monotonic() + _CAUSE_S)
         else:
-            if status == LOST:  # another rank's end is the cause, and is about to be seen
-                self._patience_s = min(self._patience_s, time.monotonic() + _CAUSE_S)
-                return
-            text = f"Rank `{rank.number}` ended with exit code `{status}`."
-            if status < 0:
-                text = f"Rank `{rank.number}` was killed by `{signal.Signals(-status).name}`."
-            if status == -signal.SIGKILL:
-                hint = "the kernel kills so when memory runs out: look into its log"
-        if Ready not in rank.reached:  # afterwards clients read this, and it may quote a prompt
-            while self._forward(rank):
-                pass
-            text += "".join(["", *(f"\n{line}" for line in rank.tail)])
-        self._fail(ErrorReport("EngineDead", text, hint))
+            self._fail(report)
 
     def _fail(self, report: ErrorReport) -> None:
         """Note the first cause, tell everybody, and end every wait for a rank."""
@@ -281,18 +268,3 @@ class Peers:
             rank.process.kill()
         if self._group is not None:
             self._group.abort()
-
-    def _forward(self, rank: _Rank) -> bool:
-        """Pass on what a rank writes, and keep the end of it; whether there may be more."""
-        data = b""
-        with contextlib.suppress(ValueError):  # closed
-            data = os.read(rank.output.fileno(), 1 << 16)
-        *lines, rank.line = (rank.line + data).split(b"\n")
-        if not data and rank.line:
-            lines, rank.line = [rank.line], b""
-        for line in lines:
-            text = line.decode(errors="replace")
-            rank.tail.append(text.rstrip()[:500])
-            with contextlib.suppress(ValueError, OSError):  # our stderr is closed
-                sys.stderr.write(f"rank {rank.number}: {text}\n")
-        return bool(data)

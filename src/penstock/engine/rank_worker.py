@@ -13,7 +13,6 @@ import os
 import pkgutil
 import select
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -28,8 +27,8 @@ from penstock.engine.config import EngineConfig
 from penstock.engine.plan import StepPlan
 from penstock.engine.runner import Runner, Step
 from penstock.errors import PenstockError
-from penstock.protocol.frames import frame, messages_of
-from penstock.protocol.reports import ErrorReport
+from penstock.protocol.frames import begin, frame
+from penstock.protocol.reports import ErrorReport, Failed
 
 if TYPE_CHECKING:  # it is made of torch
     from penstock.parallel.group import Group
@@ -59,17 +58,11 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Arrived(msgspec.Struct, tag=True, frozen=True):
-    """The rank is about to meet the others: it has imported what it needs."""
+    """The rank is about to meet the others: it has its device and has imported what it needs."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The rank has its runner, and waits for plans."""
-
-
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The rank is about to end: the error of loading, or what stopped it."""
-
-    report: ErrorReport
 
 
 Report = Arrived | Ready | Failed
@@ -91,18 +84,10 @@ class Make(Protocol):
 
 
 def main(argv: list[str]) -> int:
-    """What the rank runs. `argv`: file descriptor, `module:function` that makes the runner.
-
-    Signals that end a server are ignored: rank 0 drains first, and closes the socket then.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = socket.socket(fileno=int(argv[0]))
-    messages = messages_of(connection)
-    try:
-        place = msgspec.msgpack.decode(next(messages), type=Place)
-    except StopIteration:
+    """What the rank runs. `argv`: file descriptor, `module:function` that makes the runner."""
+    if (begun := begin(int(argv[0]), Place)) is None:
         return 0
+    connection, messages, place = begun
     threading.Thread(target=_end_with, args=(connection, place), daemon=True).start()
     try:
         return _follow(place, argv[1], connection, messages)
@@ -126,8 +111,9 @@ def _follow(place: Place, make: str, connection: socket.socket, messages: Iterat
     decoder = msgspec.msgpack.Decoder(StepPlan)
     launched: deque[Step] = deque()
     try:
-        connection.sendall(frame(Arrived()))
         group = Distributed(Path(place.directory), rank, place.size, device(rank), place.timeout_s)
+        connection.sendall(frame(Arrived()))
+        group.join()
         runner = make_runner(
             Path(model.path), model.config, model.num_blocks, model.eos_token_ids, group, {}
         )
@@ -139,7 +125,7 @@ def _follow(place: Place, make: str, connection: socket.socket, messages: Iterat
     except (ConnectionError, PeerLost) as error:  # another rank ended, and rank 0 will know which
         logger.warning("%s", error)
         return LOST
-    _clear(place)
+    shutil.rmtree(place.directory, ignore_errors=True)  # rank 0 has not, if it was killed
     return 0
 
 
@@ -148,13 +134,8 @@ def _end_with(connection: socket.socket, place: Place) -> None:
     hangup = select.poll()
     hangup.register(connection, 0)  # POLLHUP is told always
     hangup.poll()
-    _clear(place)
-    os._exit(0)
-
-
-def _clear(place: Place) -> None:
-    """Remove what rank 0 made; it does so itself, but not when it is killed."""
     shutil.rmtree(place.directory, ignore_errors=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, final
 
 from penstock.engine.config import EngineConfig
@@ -50,6 +49,7 @@ def make_ranked_runner(
 
     Raises:
         EngineDead: a rank died.
+        ConfigError: the path is not UTF-8.
         PenstockError: what `make` raises, on any rank.
     """
     model = Model(str(path), config, num_blocks, eos_token_ids)
@@ -132,14 +132,15 @@ def _without_text(admission: Admission) -> Admission:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Ctrl-C waits: ranks that are cut off at different points of a step never meet again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # a handler of C code could not be put back, and signals come to the main thread
         return
-    pressed: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, at: pressed.append((number, at)))
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if pressed and callable(before):
-            before(*pressed[0])
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)

@@ -6,8 +6,9 @@ flight*: it counts, and nobody here knows it. A request *waits* or *runs*; the s
 when it finishes. At all times, of every live request:
 
 1. `0 <= num_computed < num_tokens + num_in_flight`: the token sampled last is never computed yet.
-2. waiting: no row, no block, nothing computed or in flight. Running: one row of its own, and blocks
-   that cover the computed tokens. Finished: no row, no block.
+2. waiting: no row, no block, nothing computed; in flight may be what was planned before it was
+   preempted. Running: one row of its own, and blocks that cover the computed tokens. Finished: no
+   row, no block.
 3. `blocks` only grows while the request runs, and block `i` holds tokens [i * B, (i + 1) * B).
 
 Checked by `Scheduler.check()`; what holds of blocks is stated and checked in `KVCache.check()`.

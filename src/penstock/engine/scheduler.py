@@ -83,8 +83,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._free_rows = list(range(max_num_seqs))  # a heap: the smallest row is taken first
         self._released: list[int] = []  # rows given up since the last plan
-        # By plan that is out, who has its slices, as of which preemption.
-        self._planned: deque[list[tuple[Request, int]]] = deque()
+        self._planned: deque[list[Request]] = deque()  # by plan that is out, who has its slices
 
         self.stats = EngineStats(num_blocks=kv_cache.num_blocks)  # all but `last_step_s`
 
@@ -145,9 +144,9 @@ class Scheduler:
         """Take in what the oldest plan gave: one event for each request that got tokens."""
         events = []
         planned = self._planned.popleft()
-        for (row, start, length), (request, as_of) in zip(plan.slices, planned, strict=True):
-            if request.row is None or request.num_preemptions != as_of:
-                continue  # it ended or was preempted since: what it computes anew is the same
+        for (row, start, length), request in zip(plan.slices, planned, strict=True):
+            if self._requests.get(request.id) is not request:
+                continue  # it has ended since the plan was made
             end = start + length
             if start < request.num_prompt:
                 self.stats.num_prompt_tokens += min(end, request.num_prompt) - start
@@ -200,7 +199,7 @@ class Scheduler:
         for request in self._waiting:
             assert request.row is None
             assert not request.blocks
-            assert request.num_computed == request.num_in_flight == 0
+            assert request.num_computed == 0
         rows = [*self._free_rows, *(request.row for request in self._running)]
         assert sorted(row for row in rows if row is not None) == list(range(self._max_num_seqs))
         self._kv.check(live)
@@ -230,7 +229,7 @@ class Scheduler:
             self._kv.commit(request, num_known)
         assert request.row is not None
         plan.slices.append(Slice(request.row, start, length))
-        self._planned[-1].append((request, request.num_preemptions))
+        self._planned[-1].append(request)
         request.num_computed = end
         if end >= len(request.token_ids) + request.num_in_flight:
             request.num_in_flight += 1
@@ -254,10 +253,14 @@ class Scheduler:
         request.row = None
 
     def _preempt_last(self) -> Request:
-        """Let the last of the running requests wait again; its tokens will be computed anew."""
+        """Let the last of the running requests wait again; its tokens will be computed anew.
+
+        What is in flight of it still counts: else it would be admitted with a token less than it
+        was preempted for, again and again.
+        """
         request = self._running.pop()
         self._vacate(request)
-        request.num_computed = request.num_in_flight = 0
+        request.num_computed = 0
         request.num_preemptions += 1
         request.draft.clear()
         insort(self._waiting, request, key=self._key)
@@ -273,7 +276,7 @@ class Scheduler:
         if not self._waiting or not self._free_rows:
             return None
         request = self._waiting[0]
-        if self._kv.num_gains < request.num_gains_awaited:
+        if request.num_in_flight or self._kv.num_gains < request.num_gains_awaited:
             return None
         matches = request.prompt_logprobs is None  # else each position must be computed
         if matches:
@@ -313,12 +316,13 @@ class Scheduler:
             finish = request.finish_with(token_id, self._eos_token_ids, self._max_model_len)
             if finish is not None:
                 token_ids = token_ids[:num_kept]
-                self._kv.commit(request, len(request.token_ids))  # known later than planned
+                if request.row is not None:
+                    self._kv.commit(request, len(request.token_ids))  # known later than planned
                 self._forget(request)  # before it is complete: `restart` must not find it
                 request.token_ids.append(token_id)
                 break
             request.token_ids.append(token_id)
-        if request.num_in_flight == 0:
+        if request.row is not None and request.num_in_flight == 0:
             request.num_computed = len(request.token_ids) - 1
         request.draft.clear()
         self.stats.num_generated_tokens += num_kept

@@ -10,8 +10,6 @@ import logging
 import os
 import pkgutil
 import re
-import signal
-import socket
 import sys
 import threading
 import time
@@ -26,8 +24,8 @@ from penstock.engine.loop import Command, Core, EngineLoop, Refuse, Update
 from penstock.errors import InvalidField, PenstockError
 from penstock.extras import explain
 from penstock.native.library import unavailable_reason
-from penstock.protocol.frames import frame, messages_of
-from penstock.protocol.reports import ErrorReport
+from penstock.protocol.frames import begin, frame
+from penstock.protocol.reports import ErrorReport, Failed
 from penstock.types import EngineInfo, EngineStats
 
 logger = logging.getLogger(__name__)
@@ -40,12 +38,6 @@ class Started(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The child is about to end: the error of loading, or what stopped the engine."""
-
-    report: ErrorReport
-
-
 Reply = Started | Failed | Update
 
 
@@ -55,18 +47,10 @@ def refusal(error: Exception, field: str) -> InvalidField:
 
 
 def main(argv: list[str]) -> int:
-    """What the child runs. `argv`: file descriptor, `module:function`, monotonic time of the start.
-
-    Signals that end a server are ignored: the parent drains first, and closes the socket then.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection = socket.socket(fileno=int(argv[0]))
-    messages = messages_of(connection)
-    try:
-        config = msgspec.msgpack.decode(next(messages), type=EngineConfig)
-    except StopIteration:
+    """What the child runs. `argv`: file descriptor, `module:function`, monotonic time of start."""
+    if (begun := begin(int(argv[0]), EngineConfig)) is None:
         return 0
+    connection, messages, config = begun
     engine = EngineLoop(lambda update: connection.sendall(frame(update)))
     threading.Thread(target=_listen, args=(messages, engine), daemon=True).start()
     try:

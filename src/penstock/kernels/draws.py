@@ -1,8 +1,8 @@
 """Choosing tokens in parts, in plain torch: weights, truncation, random numbers.
 
 Owns what `kernels.sample` and the ways to choose that it has not have in common. Nothing here waits
-for the device. Invariant: every sum over a row is of integers, so that no order of adding up, and
-no other row, can show in a token.
+for the device. Invariant: every sum over a row here is of integers, so that no order of adding up,
+and no other row, can show in a token.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ import torch
 from penstock.kernels.chip import HOPPER, Chip, chip
 from penstock.kernels.jit import INTERPRETED, jit, tl, triton
 from penstock.kernels.op import Compilation, Op, Sample
-from penstock.kernels.split_k import cut, room, stages, sum_splits
+from penstock.kernels.split_k import added, cut, is_last, room, stages
 
+FIRST_TOKENS = (1, 17, 33, 65)  # numbers of tokens from which on tiles are others
 BLOCK = 128
 EXACT = 2e-5  # relative, of sums in float32
 HARDWARE = 2e-3  # of sums of 128 products with 14 bits
@@ -39,6 +40,8 @@ def _kernel(
     w_scale,
     bias,
     out,
+    partial,  # [splits, T, N] float32, if several programs share K
+    counters,
     num_tokens,
     num_rows,
     num_columns,
@@ -48,13 +51,13 @@ def _kernel(
     step_stride,
     BLOCKS: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
-    IS_PART: tl.constexpr,  # of K: sums go to `sum_splits`
     EVEN: tl.constexpr,  # num_columns is a multiple of 128
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
+    TOGETHER: tl.constexpr = 4 if BLOCK_T <= 32 else 1  # parts of a sum, as registers allow
     # Programs that run at the same time share rows of both matrices, which the cache then has once.
     num_token_tiles, num_row_tiles = tl.num_programs(0), tl.num_programs(1)
     row_tile, token_tile = tl.swizzle2d(
@@ -64,15 +67,15 @@ def _kernel(
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, 128)
-    # What lies behind the last row or token is computed from the last one, and not stored.
+    is_token = token < num_tokens
+    # What lies behind the last row is computed from the last one, and not stored.
     safe_row = tl.minimum(row, num_rows - 1)
-    safe_token = tl.minimum(token, num_tokens - 1)
     w_tile = weights + safe_row[:, None].to(tl.int64) * num_columns + column[None, :]
-    x_tile = x + safe_token[None, :].to(tl.int64) * num_columns + column[:, None]
+    x_tile = x + token[None, :].to(tl.int64) * num_columns + column[:, None]
     # The scale of a block is loaded once for each token, because vectors are fetched ahead.
     block = row_tile * BLOCK_N // 128
     w_scale_tile = w_scale + (block * num_steps + token * 0 if BLOCKS else safe_row)
-    x_scale_tile = x_scale + safe_token.to(tl.int64) * token_stride
+    x_scale_tile = x_scale + token.to(tl.int64) * token_stride
     if TOKENS_LEFT:
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     else:
@@ -82,17 +85,19 @@ def _kernel(
     for step in tl.range(first, last, num_stages=STAGES):
         if EVEN:
             w = tl.load(w_tile + step * 128)
-            x_part = tl.load(x_tile + step * 128)
+            x_part = tl.load(x_tile + step * 128, mask=is_token[None, :], other=0.0)
         else:
             inside = step * 128 + column < num_columns
             w = tl.load(w_tile + step * 128, mask=inside[None, :], other=0.0)
-            x_part = tl.load(x_tile + step * 128, mask=inside[:, None], other=0.0)
+            inside = inside[:, None] & is_token[None, :]
+            x_part = tl.load(x_tile + step * 128, mask=inside, other=0.0)
         if INTERPRETED:  # it has no products of 8 bits
             w = w.to(tl.float32)
             x_part = x_part.to(tl.float32)
         left, right = (tl.trans(x_part), tl.trans(w)) if TOKENS_LEFT else (w, x_part)
         if BLOCKS:
-            scale = tl.load(w_scale_tile + step) * tl.load(x_scale_tile + step * step_stride)
+            scale = tl.load(x_scale_tile + step * step_stride, mask=is_token, other=0.0)
+            scale *= tl.load(w_scale_tile + step)
             scale = scale[:, None] if TOKENS_LEFT else scale[None, :]
             total += tl.dot(left, right, max_num_imprecise_acc=128) * scale
         else:
@@ -100,14 +105,19 @@ def _kernel(
     if not TOKENS_LEFT:
         total = tl.trans(total)
     place = token[:, None].to(tl.int64) * num_rows + row[None, :]
-    mask = (token[:, None] < num_tokens) & (row[None, :] < num_rows)
-    if IS_PART:
-        place += split.to(tl.int64) * num_tokens * num_rows
-    else:
-        if not BLOCKS:
-            total *= tl.load(w_scale_tile)[None, :] * tl.load(x_scale_tile)[:, None]
-        if bias is not None:
-            total += tl.load(bias + safe_row).to(tl.float32)[None, :]
+    mask = is_token[:, None] & (row[None, :] < num_rows)
+    num_splits = tl.num_programs(2)
+    if num_splits > 1:
+        counter = counters + row_tile * num_token_tiles + token_tile
+        size = num_tokens.to(tl.int64) * num_rows
+        if not is_last(total, partial, counter, place, mask, size, split, num_splits):
+            return
+        total = added(partial, counter, place, mask, size, num_splits, TOGETHER)
+    if not BLOCKS:
+        of_tokens = tl.load(x_scale_tile, mask=is_token, other=0.0)
+        total *= tl.load(w_scale_tile)[None, :] * of_tokens[:, None]
+    if bias is not None:
+        total += tl.load(bias + safe_row).to(tl.float32)[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -139,14 +149,14 @@ def _fp8_matmul(
     tiles = triton.cdiv(num_tokens, form["BLOCK_T"]), triton.cdiv(num_rows, form["BLOCK_N"])
     waves = 2 if form["BLOCK_T"] <= 64 else 1
     splits, per_split = cut(tiles[0] * tiles[1], num_steps, 1, waves, x8.device)
-    sums = room(splits, out)
     _kernel[(*tiles, splits)](
         x8,
         x_scale,
         w8,
         w_scale,
         bias,
-        sums,
+        out,
+        *room(splits, out),
         num_tokens,
         num_rows,
         num_columns,
@@ -155,15 +165,10 @@ def _fp8_matmul(
         x_scale.stride(0),
         x_scale.stride(1) if blocks else 0,
         BLOCKS=blocks,
-        IS_PART=splits > 1,
         EVEN=num_columns % BLOCK == 0,
         INTERPRETED=INTERPRETED,
         **form,
     )
-    if splits > 1 and blocks:
-        sum_splits(sums, None, None, bias, out)
-    elif splits > 1:
-        sum_splits(sums, w_scale, x_scale, bias, out)
     return out
 
 
@@ -188,7 +193,10 @@ def _check(
 
 
 def _shape(num_tokens: int, chip: Chip) -> dict[str, int]:
-    """Tile sizes, and as many steps of loads under way as there is memory for."""
+    """Tile sizes, and as many steps of loads under way as there is memory for.
+
+    They change with the number of tokens only at those of `FIRST_TOKENS`.
+    """
     rows, tokens, wanted, warps = 64, 64, 5, 4
     if num_tokens > 64:
         rows, tokens, wanted, warps = 128, 128, 4, 8
@@ -255,25 +263,20 @@ def samples(device: torch.device) -> Iterator[Sample]:
 def compilations() -> Iterator[Compilation]:
     """What the kernel is compiled for: both kinds of scales, few tokens and many."""
     pointers = dict.fromkeys(("x", "weights"), "*fp8e4nv:16")
-    pointers |= dict.fromkeys(("x_scale", "w_scale"), "*fp32:16")
+    pointers |= dict.fromkeys(("x_scale", "w_scale", "partial"), "*fp32:16")
+    pointers |= {"bias": "*bf16:16", "out": "*bf16:16", "counters": "*i32:16"}
     numbers = {"num_tokens": "i32", "num_rows": "i32:16", "num_columns": "i32:16"}
     numbers |= dict.fromkeys(("num_steps", "steps_per_split", "step_stride"), "i32")
     for blocks in (False, True):
-        for num_tokens, splits in ((16, 4), (2048, 1)):
+        for num_tokens in (16, 32, 64, 2048):
             form = _shape(num_tokens, HOPPER)
             warps = form.pop("num_warps")
-            signature = pointers | {"out": "*fp32:16" if splits > 1 else "*bf16:16"} | numbers
-            constexprs = form | {
-                "bias": None,
-                "BLOCKS": blocks,
-                "IS_PART": splits > 1,
-                "EVEN": True,
-            }
+            constexprs = form | {"BLOCKS": blocks, "EVEN": True}
             constexprs |= {"INTERPRETED": False, "token_stride": 1}
             yield Compilation(
                 f"fp8_matmul {'blocks' if blocks else 'rows'}, {num_tokens} tokens",
                 _kernel,
-                signature,
+                pointers | numbers,
                 constexprs,
                 warps,
                 lowest=90,

@@ -33,8 +33,10 @@ from penstock.kernels.chip import AMPERE, HOPPER, Chip, chip
 from penstock.kernels.int_words import RUN, pack, weights_of
 from penstock.kernels.jit import INTERPRETED, jit, tl, triton
 from penstock.kernels.op import Compilation, Op, Sample
-from penstock.kernels.split_k import cut, room, stages, sum_splits
+from penstock.kernels.split_k import added, cut, is_last, room, stages
 
+FIRST_TOKENS = (1, 17, 33, 65, 513)  # numbers of tokens from which on tiles are others
+_MANY_ROWS = 2048  # of a matrix: so many fill a GPU with the largest tiles, which share no sums
 _MAGIC = {torch.bfloat16: (0x4300, 128), torch.float16: (0x6400, 1024), torch.float32: (0, 0)}
 
 
@@ -109,6 +111,8 @@ def _kernel(
     row_scales,
     bias,
     out,
+    partial,  # [splits, T, N] float32, if several programs share K
+    counters,
     num_tokens,
     num_rows,
     num_columns,
@@ -120,7 +124,6 @@ def _kernel(
     MAGIC: tl.constexpr,
     OFFSET: tl.constexpr,
     UNPACK: tl.constexpr,
-    IS_PART: tl.constexpr,  # of K: sums go to `sum_splits`
     EVEN: tl.constexpr,  # num_columns is a multiple of 128
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -130,6 +133,7 @@ def _kernel(
 ):
     T: tl.constexpr = x.dtype.element_ty
     WIDTH: tl.constexpr = 8 * BITS  # columns of one product
+    TOGETHER: tl.constexpr = 4 if BLOCK_T <= 32 else 1  # parts of a sum, as registers allow
     # Programs that run at the same time share rows of both matrices, which the cache then has once.
     num_token_tiles, num_row_tiles = tl.num_programs(0), tl.num_programs(1)
     row_tile, token_tile = tl.swizzle2d(
@@ -139,10 +143,10 @@ def _kernel(
     row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, WIDTH)
-    # What lies behind the last row or token is computed from the last one, and not stored.
+    is_token = token < num_tokens
+    # What lies behind the last row is computed from the last one, and not stored.
     safe_row = tl.minimum(row, num_rows - 1)
-    safe_token = tl.minimum(token, num_tokens - 1)
-    x_tile = x + safe_token[None, :].to(tl.int64) * x_stride + column[:, None]
+    x_tile = x + token[None, :].to(tl.int64) * x_stride + column[:, None]
     tile = packed + safe_row[:, None].to(tl.int64) * (num_runs * WIDTH) + column[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     first = split * runs_per_split
@@ -156,11 +160,10 @@ def _kernel(
                 run_factors = tl.load(factors + run * num_rows + safe_row)
             for part in tl.static_range(128 // WIDTH):
                 at = run * 128 + part * WIDTH
-                if EVEN:
-                    x_part = tl.load(x_tile + at)
-                else:
-                    inside = (at + column < num_columns)[:, None]
-                    x_part = tl.load(x_tile + at, mask=inside, other=0.0)
+                inside = is_token[None, :]
+                if not EVEN:
+                    inside = inside & (at + column < num_columns)[:, None]
+                x_part = tl.load(x_tile + at, mask=inside, other=0.0)
                 group = (run * 128) // GROUP if GROUP >= 128 else at // GROUP
                 weights = _weights(
                     words,
@@ -178,16 +181,21 @@ def _kernel(
                 )
                 x_part = x_part.to(weights.dtype)
                 total = tl.dot(weights, x_part, total, input_precision="ieee")
+    total = tl.trans(total)
     place = token[:, None].to(tl.int64) * num_rows + row[None, :]
-    mask = (token[:, None] < num_tokens) & (row[None, :] < num_rows)
-    if IS_PART:
-        place += split.to(tl.int64) * num_tokens * num_rows
-    else:
-        if row_scales is not None:
-            total *= tl.load(row_scales + safe_row)[:, None]
-        if bias is not None:
-            total += tl.load(bias + safe_row).to(tl.float32)[:, None]
-    tl.store(out + place, tl.trans(total).to(out.dtype.element_ty), mask=mask)
+    mask = is_token[:, None] & (row[None, :] < num_rows)
+    num_splits = tl.num_programs(2) if BLOCK_T <= 128 else 1
+    if num_splits > 1:
+        counter = counters + row_tile * num_token_tiles + token_tile
+        size = num_tokens.to(tl.int64) * num_rows
+        if not is_last(total, partial, counter, place, mask, size, split, num_splits):
+            return
+        total = added(partial, counter, place, mask, size, num_splits, TOGETHER)
+    if row_scales is not None:
+        total *= tl.load(row_scales + safe_row)[None, :]
+    if bias is not None:
+        total += tl.load(bias + safe_row).to(tl.float32)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 def _int_matmul(
@@ -225,11 +233,10 @@ def _int_matmul(
     num_tables = (scales is not None) + (zeros is not None)
     if not is_factor and 0 < group_size < RUN:
         num_tables *= RUN // group_size
-    form = _shape(num_tokens, num_runs, bits, num_tables, x.dtype, chip(x.device))
+    form = _shape(num_tokens, num_rows, num_runs, bits, num_tables, x.dtype, chip(x.device))
     tiles = triton.cdiv(num_tokens, form["BLOCK_T"]), triton.cdiv(num_rows, form["BLOCK_N"])
-    waves = 2 if form["BLOCK_T"] <= 64 else 1
+    waves = 128 // form["BLOCK_T"] if form["BLOCK_T"] >= 64 else 2
     splits, per_split = cut(tiles[0] * tiles[1], num_runs, form["UNROLL"], waves, x.device)
-    sums = room(splits, out)
     _kernel[(*tiles, splits)](
         x,
         packed,
@@ -238,20 +245,18 @@ def _int_matmul(
         zeros,
         row_scales,
         bias,
-        sums,
+        out,
+        *room(splits, out),
         num_tokens,
         num_rows,
         num_columns,
         num_runs,
         x.stride(0),
         per_split,
-        IS_PART=splits > 1,
         EVEN=num_columns == num_runs * RUN,
         **_constants(bits, group_size, x.dtype),
         **form,
     )
-    if splits > 1:
-        sum_splits(sums, row_scales, None, bias, out)
     return out
 
 
@@ -280,9 +285,17 @@ def _check(
 
 
 def _shape(
-    num_tokens: int, num_runs: int, bits: int, num_tables: int, dtype: torch.dtype, chip: Chip
+    num_tokens: int,
+    num_rows: int,
+    num_runs: int,
+    bits: int,
+    num_tables: int,
+    dtype: torch.dtype,
+    chip: Chip,
 ) -> dict[str, int]:
     """Tile sizes, and as many steps of loads under way as there is memory for.
+
+    They change with the number of tokens only at those of `FIRST_TOKENS`.
 
     Args:
         num_tables: scales and zeros that there are of 4 bytes for a row and a run.
@@ -292,7 +305,7 @@ def _shape(
         rows, tokens, wanted = 32, 16, 3
     elif num_tokens <= 32:
         tokens = 16 if num_tokens <= 16 else 32
-    elif num_tokens > 512 and chip.capability == 90:
+    elif num_tokens > 512 and num_rows >= _MANY_ROWS and chip.capability == 90:
         rows, tokens, wanted, warps = 128, 256, 3, 8
     elif num_tokens > 64:
         rows, tokens, warps = 128, 128, 8
@@ -401,25 +414,29 @@ def compilations() -> Iterator[Compilation]:
     """What the kernel is compiled for: the formats of a checkpoint, few tokens and many."""
     numbers = {"num_tokens": "i32", "num_rows": "i32:16", "num_columns": "i32:16"}
     numbers |= {"num_runs": "i32", "x_stride": "i32:16", "runs_per_split": "i32"}
-    for label, bits, group, table, num_tokens, splits, target in (
-        ("int8", 8, 0, None, 16, 4, HOPPER),
-        ("int8", 8, 0, None, 2048, 1, HOPPER),
-        ("int4 factors", 4, 32, "factors", 16, 4, HOPPER),
-        ("int4 factors", 4, 32, "factors", 2048, 1, HOPPER),
-        ("int4 groups of 128", 4, 128, "scales", 2048, 1, HOPPER),
-        ("int4 factors", 4, 32, "factors", 16, 4, AMPERE),
-        ("int8", 8, 0, None, 2048, 1, AMPERE),
+    for label, bits, group, table, num_tokens, target in (
+        ("int8", 8, 0, None, 16, HOPPER),
+        ("int8", 8, 0, None, 64, HOPPER),
+        ("int8", 8, 0, None, 128, HOPPER),
+        ("int8", 8, 0, None, 2048, HOPPER),
+        ("int4 factors", 4, 32, "factors", 16, HOPPER),
+        ("int4 factors", 4, 32, "factors", 32, HOPPER),
+        ("int4 factors", 4, 32, "factors", 128, HOPPER),
+        ("int4 factors", 4, 32, "factors", 2048, HOPPER),
+        ("int4 groups of 128", 4, 128, "scales", 2048, HOPPER),
+        ("int4 factors", 4, 32, "factors", 16, AMPERE),
+        ("int8", 8, 0, None, 2048, AMPERE),
     ):
-        form = _shape(num_tokens, 32, bits, table is not None, torch.bfloat16, target)
+        form = _shape(num_tokens, 4096, 32, bits, table is not None, torch.bfloat16, target)
         warps = form.pop("num_warps")
-        dtypes = {"x": "bf16", "packed": "i16", "row_scales": "fp32"}
-        dtypes["out"] = "fp32" if splits > 1 else "bf16"
+        dtypes = {"x": "bf16", "packed": "i16", "row_scales": "fp32", "bias": "bf16"}
+        dtypes |= {"out": "bf16", "partial": "fp32", "counters": "i32"}
         if table is not None:
             dtypes[table] = "i32" if table == "factors" else "fp32"
         signature = {name: f"*{dtype}:16" for name, dtype in dtypes.items()} | numbers
-        absent = {"factors", "scales", "zeros", "bias"} - dtypes.keys()
+        absent = {"factors", "scales", "zeros"} - dtypes.keys()
         constexprs = dict.fromkeys(absent) | _constants(bits, group, torch.bfloat16) | form
-        constexprs |= {"IS_PART": splits > 1, "EVEN": True}
+        constexprs["EVEN"] = True
         yield Compilation(
             f"int_matmul {target.capability} {label}, {num_tokens} tokens",
             _kernel,

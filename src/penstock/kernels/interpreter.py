@@ -6,6 +6,7 @@ interpreter
 - cuts off instead of rounding to nearest even where it converts to a shorter format, and turns
   what is too large for 8 bits into NaN, where a GPU gives the largest number;
 - multiplies the bit patterns of bfloat16 operands in `tl.dot`;
+- takes an integer for the bit pattern of the bfloat16 that it is converted to;
 - takes the bound of a loop that was computed from an array of one number, which numpy 2.4 refuses;
 - has numpy warn where numbers overflow, in lanes that are masked too; a GPU says nothing.
 """
@@ -48,6 +49,12 @@ def mend() -> None:
         )
         return dot(self, a, b, *others)
 
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        """Conversions to bfloat16 go through float32."""
+        if target.scalar.name == "bf16" and source.dtype.scalar.name != "fp32":
+            source = cast(self, source, interpreter.tl.float32)
+        return cast(self, source, target)
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         """A launch."""
         with np.errstate(all="ignore"):
@@ -60,7 +67,8 @@ def mend() -> None:
 
     patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, patch_tensor
     original, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-    launch = interpreter.GridExecutor.__call__
+    cast, launch = interpreter.InterpreterBuilder.cast_impl, interpreter.GridExecutor.__call__
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter.GridExecutor.__call__ = call
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -48,9 +48,15 @@ def _resolved(asked: str) -> str:
     """The mode that the environment means with `asked`."""
     problem = triton_problem()
     if asked not in {"", *MODES}:
-        raise ConfigError(f"`PENSTOCK_KERNELS` is `{asked}`; it must be `triton` or `reference`.")
+        raise ConfigError(
+            f"`PENSTOCK_KERNELS` is `{asked}`; it must be `triton` or `reference`.",
+            hint="unset `PENSTOCK_KERNELS`, or set it to one of these",
+        )
     if asked == "triton" and problem is not None:
-        raise ConfigError(f"`PENSTOCK_KERNELS` is `triton`, and {problem}.")
+        raise ConfigError(
+            f"`PENSTOCK_KERNELS` is `triton`, and {problem}.",
+            hint="unset `PENSTOCK_KERNELS`, or set it to `reference` to try it on the CPU, slowly",
+        )
     return asked or ("triton" if problem is None else "reference")
 
 

@@ -7,14 +7,17 @@ the context in tiles of BLOCK_N tokens with the online softmax of FlashAttention
     s = q k^T * scale;  m' = max(m, rowmax s);  p = exp(s - m')
     l' = l exp(m - m') + rowsum p;  acc' = acc exp(m - m') + p v;  output acc / l at the end
 
-all in base 2 (log2 e is part of the scale) and float32. 8-bit pages hold vectors
-divided by their scales: scores are multiplied with those of the keys, probabilities with those of
-the values.
+all in base 2 (log2 e is part of the scale) and float32. 8-bit pages hold vectors divided by their
+scales: scores are multiplied with those of the keys; values are multiplied with theirs before they
+are rounded to the type of the queries, because a probability times a scale may be too small for
+float16 where the probability and the value are not.
+
+Several programs may share a context: `combined` puts together what they leave.
 
 Pages are [block, KV head, token of the block, D]; "slot" here is an index into the first three, so
-that it addresses vectors and scales alike. Pages are always finite: what lies past the context is
-loaded and masked in the scores, never in the loads, but for the entries of the block table, which
-are not read past the context.
+that it addresses vectors and scales alike. Past the context anything may lie there, infinities and
+NaN of other requests too: entries of the block table are not read there, keys are loaded and their
+scores discarded, values and their scales count as zeros, because NaN times a weight of 0 is NaN.
 """
 
 from __future__ import annotations
@@ -34,8 +37,7 @@ INDICES = (
     "rows_ptr",
     "query_start_ptr",
     "context_len_ptr",
-    "tile_rows_ptr",
-    "tile_starts_ptr",
+    "work_ptr",
     "row_ids_ptr",
 )
 
@@ -48,11 +50,13 @@ def blocks_of(table, start, limit, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constex
 
 
 @jit
-def vectors(pages, slots, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """[BLOCK_N, D_PADDED] of the slots, with zeros behind D."""
+def vectors(pages, slots, there, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """[BLOCK_N, D_PADDED] of the slots, with zeros behind D, and where not `there`, if given."""
     numbers = tl.arange(0, D_PADDED)
     pointers = pages + slots[:, None] * D + numbers[None, :]
-    if D == D_PADDED:
+    if there is not None:
+        loaded = tl.load(pointers, mask=there[:, None] & (numbers < D)[None, :], other=0.0)
+    elif D == D_PADDED:
         loaded = tl.load(pointers)
     else:
         loaded = tl.load(pointers, mask=(numbers < D)[None, :], other=0.0)
@@ -103,7 +107,7 @@ def attend(
         columns = start + tl.arange(0, BLOCK_N)
         slots = (blocks.to(tl.int64) * NUM_KV_HEADS + head) * BLOCK_SIZE + columns % BLOCK_SIZE
         blocks = blocks_of(table, start + BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
-        key = vectors(keys, slots, D, D_PADDED).to(query.dtype)
+        key = vectors(keys, slots, None, D, D_PADDED).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if SCALED:
             scores *= tl.load(key_scale + slots)[None, :]
@@ -121,13 +125,61 @@ def attend(
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
         top = new_top
+        there = columns < limit if MASKED else None
+        value = vectors(values, slots, there, D, D_PADDED)
         if SCALED:
-            weights *= tl.load(value_scale + slots)[None, :]
-        value = vectors(values, slots, D, D_PADDED).to(query.dtype)
+            factor = tl.load(value_scale + slots, mask=there, other=0.0 if MASKED else None)
+            value = value.to(tl.float32) * factor[:, None]
         accumulator = tl.dot(
-            weights.to(query.dtype), value, accumulator * decay[:, None], input_precision="ieee"
+            weights.to(query.dtype),
+            value.to(query.dtype),
+            accumulator * decay[:, None],
+            input_precision="ieee",
         )
     return accumulator, total, top
+
+
+@jit
+def combined(
+    partial_ptr,  # vectors of D float32: outputs
+    partial_log_ptr,  # and for each the logarithm of its denominator, base 2
+    places,  # [ROWS] of the vectors of the first share
+    stride,  # vectors from one share to the next
+    shares,  # how many there are
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOADED: tl.constexpr,  # shares that are loaded at once
+):
+    """Outputs [ROWS, D_PADDED] over all shares of a context, from those that programs have left.
+
+    With the outputs o_s of shares and the logarithms l_s of their denominators it is
+    sum o_s 2^(l_s - L) / sum 2^(l_s - L), L = max l_s (Flash-Decoding; Dao et al., 2023).
+    """
+    numbers = tl.arange(0, D_PADDED)
+    accumulator = tl.zeros((ROWS, D_PADDED), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    for start in range(0, shares, LOADED):
+        share = start + tl.arange(0, LOADED)
+        # A share that is not there repeats the last one, and weighs nothing.
+        place = tl.minimum(share, shares - 1)[:, None] * stride + places[None, :]
+        logs = tl.load(partial_log_ptr + place, cache_modifier=".cg")
+        logs = tl.where((share < shares)[:, None], logs, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logs, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was seen so far
+        weights = tl.exp2(logs - base[None, :])
+        decay = tl.exp2(top - base)
+        parts = tl.load(
+            partial_ptr + (place * D)[:, :, None] + numbers[None, None, :],
+            mask=(numbers < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        accumulator = accumulator * decay[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        total = total * decay + tl.sum(weights, 0)
+        top = new_top
+    return accumulator / total[:, None]
 
 
 class Tensors(NamedTuple):
@@ -237,6 +289,7 @@ def arguments(
         **dict.fromkeys(INDICES, "*i32"),
         **dict.fromkeys(("q_stride_token", "q_stride_head", "table_stride"), "i32:16"),
         **dict.fromkeys(("inner_scale", "outer_scale"), "fp32"),
+        **dict.fromkeys(("fill", "min_tiles", "long_tiles"), "i32"),
         **sizes(group, 8, block_size, head_dim),
         "sinks_ptr": None,
         "WINDOW": 0,
@@ -285,8 +338,9 @@ class Case(NamedTuple):
 def case_tensors(case: Case, device: torch.device) -> Tensors:
     """Random tensors of a case. Blocks and rows are shuffled; queries have gaps between tokens.
 
-    What is not to be read of the block table is out of bounds; the pages hold other numbers where
-    no token is.
+    What is not to be read of the block table is out of bounds. Where no token is, in blocks of the
+    rows and in block 0, which is nobody's, keys and their scales are NaN, values and theirs
+    infinite.
     """
     generator = torch.Generator().manual_seed(sum(map(ord, case.label)))
     blocks_of = [-(-context // case.block_size) for context in case.contexts]
@@ -304,9 +358,17 @@ def case_tensors(case: Case, device: torch.device) -> Tensors:
         )
     table = torch.full((num_rows + 2, max(blocks_of) + 3), 2**30, dtype=torch.int32)
     rows = torch.randperm(num_rows + 2, generator=generator)[:num_rows]
-    shuffled = torch.randperm(num_blocks, generator=generator).split([*blocks_of, 1])
-    for row, blocks in zip(rows, shuffled, strict=False):
+    shuffled = (torch.randperm(num_blocks - 1, generator=generator) + 1).split(blocks_of)
+    is_free = torch.ones((num_blocks, case.block_size), dtype=torch.bool)
+    for row, blocks, context in zip(rows, shuffled, case.contexts, strict=True):
         table[row, : len(blocks)] = blocks
+        is_free[blocks] = torch.arange(is_free[blocks].numel()).view(-1, case.block_size) >= context
+    for numbers, free in zip((keys, values), (torch.nan, torch.inf), strict=True):
+        if case.pages != torch.int8:
+            numbers.masked_fill_(is_free[:, None, :, None], free)
+    for scale, free in zip(scales, (torch.nan, torch.inf), strict=True):
+        if scale is not None:
+            scale.masked_fill_(is_free[:, None], free)
     starts = torch.tensor([0, *case.lengths]).cumsum(0)
     q = torch.randn((sum(case.lengths), case.num_heads + 1, case.head_dim), generator=generator)
     sinks = torch.randn(case.num_heads, generator=generator) if case.has_sinks else None

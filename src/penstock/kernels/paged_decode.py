@@ -1,18 +1,14 @@
 """Paged attention of rows of one query token, their contexts split over programs.
 
 Flash-Decoding (Dao et al., 2023). One token leaves a row with as many programs as it has KV heads,
-too few to keep the memory busy; so a context is cut into shares, a program for each. With partial
-outputs o_s and the logarithms l_s of their denominators (base 2) the output is
-
-    sum o_s 2^(l_s - L) / sum 2^(l_s - L),  L = max l_s
-
-which the program that is done last computes: each counts itself when its own part is in memory.
-That costs no second launch, which would take as long as reading a thousand tokens.
+too few to keep the memory busy; so a context is cut into shares, a program for each. The program
+that is done last puts the shares together (`paged.combined`): each counts itself when its own part
+is in memory. That costs no second launch, which would take as long as reading a thousand tokens.
 
 The grid is (rows, KV heads, splits) and fixed by the launch, so that a CUDA graph holds it; how
-much a program does follows from the row's context, which is read on the device. A share is at
-least `min_share` tokens: short rows leave programs without work, and a row of one share is written
-to the output at once. The G query heads of a KV head are the rows of the matrix, at least 16.
+much a program does follows from the row's context, which is read on the device (`Splits`). Short
+rows leave programs without work, and a row of one share is written to the output at once. The G
+query heads of a KV head are the rows of the matrix, at least 16.
 """
 
 from __future__ import annotations
@@ -29,75 +25,39 @@ from penstock.kernels.op import Compilation, Op, Sample
 from penstock.kernels.paged import Case, Tensors, attend
 
 MAX_SPLITS = 128
-PROGRAMS = 2  # a multiprocessor, that a launch of few rows aims at
+PROGRAMS = 2  # a multiprocessor, that a launch aims at
 MAX_PROGRAMS = 16  # a multiprocessor: idle ones take time as well
-MIN_SHARE = 128  # tokens: what a program of few rows has at least, if the row has more
-MANY_MIN_SHARE = 1024  # and one of many rows, which are split only ...
-LONG_SHARE = 8192  # ... so that no single long one keeps the rest waiting
-REDUCED_NUMBERS = 4096  # of partial outputs that a program loads at once
+MIN_SHARE = 128  # tokens that a program has at least, if the row has more
+LONG_SHARE = 8192  # and at most, so that a single long row does not keep the rest waiting
+COMBINED_NUMBERS = 4096  # of partial outputs that a program loads at once
 
 
 class Splits(NamedTuple):
-    """How contexts are divided."""
+    """How contexts are divided. A row is cut into `fill` shares, or more so that none is long."""
 
-    number: int  # programs for each row and KV head
-    min_share: int  # tokens that a program has at least, if the row has more
+    number: int  # programs for each row and KV head: no row has more shares
+    fill: int  # how many a row should have, so that the rows fill the chip
+    min_share: int = MIN_SHARE  # tokens
+    long_share: int = LONG_SHARE
 
 
 @jit
-def _share(context, splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr):
+def _share(
+    context, splits, fill, min_tiles, long_tiles, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """First visible tile of a context, number of tiles, tiles of one share."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0) // BLOCK_N
     tiles = tl.cdiv(context, BLOCK_N) - first
-    return first, tiles, tl.maximum(tl.cdiv(tiles, splits), MIN_TILES)
+    share = tl.maximum(tl.minimum(tl.cdiv(tiles, fill), long_tiles), min_tiles)
+    return first, tiles, tl.maximum(share, tl.cdiv(tiles, splits))
 
 
-@jit
-def _reduce(
-    partial_ptr,
-    partial_log_ptr,
-    first_vector,  # of the row and KV head
-    shares,
-    out,  # [GROUP, D]
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    REDUCED: tl.constexpr,
-):
-    """The output from the partial ones, `REDUCED` shares at a time."""
-    index = tl.arange(0, GROUP_PADDED)
-    numbers = tl.arange(0, D_PADDED)
-    accumulator = tl.zeros((GROUP_PADDED, D_PADDED), tl.float32)
-    total = tl.zeros((GROUP_PADDED,), tl.float32)
-    top = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    for start in range(0, shares, REDUCED):
-        split = start + tl.arange(0, REDUCED)
-        # A head or share that is not there repeats the last one, and a share weighs nothing.
-        place = tl.minimum(split, shares - 1)[:, None] * GROUP
-        place = first_vector + place + tl.minimum(index, GROUP - 1)[None, :]
-        logs = tl.load(partial_log_ptr + place, cache_modifier=".cg")
-        logs = tl.where((split < shares)[:, None], logs, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logs, 0))
-        weights = tl.exp2(logs - new_top[None, :])
-        decay = tl.exp2(top - new_top)
-        parts = tl.load(
-            partial_ptr + (place * D)[:, :, None] + numbers[None, None, :],
-            mask=(numbers < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        accumulator = accumulator * decay[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        total = total * decay + tl.sum(weights, 0)
-        top = new_top
-    result = (accumulator / total[:, None]).to(out.dtype.element_ty)
-    inside = (index < GROUP)[:, None] & (numbers < D)[None, :]
-    tl.store(out + (index * D)[:, None] + numbers[None, :], result, inside)
-
-
-@jit(do_not_specialize_on_alignment=paged.INDICES)
+@jit(
+    do_not_specialize=("fill", "min_tiles", "long_tiles"),
+    do_not_specialize_on_alignment=paged.INDICES,
+)
 def _decode_kernel(
     q_ptr,  # [T, H, D]
     keys_ptr,  # [blocks, NUM_KV_HEADS, BLOCK_SIZE, D]
@@ -119,6 +79,9 @@ def _decode_kernel(
     table_stride,
     inner_scale,
     outer_scale,
+    fill,
+    min_tiles,
+    long_tiles,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -128,9 +91,8 @@ def _decode_kernel(
     D_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
-    REDUCED: tl.constexpr,
+    LOADED: tl.constexpr,
 ):
     SCALED: tl.constexpr = key_scale_ptr is not None
     head = tl.program_id(1)
@@ -138,7 +100,7 @@ def _decode_kernel(
     splits = tl.num_programs(2)
     row = tl.load(row_ids_ptr + tl.program_id(0))
     context = tl.load(context_len_ptr + row)
-    first, tiles, share = _share(context, splits, WINDOW, BLOCK_N, MIN_TILES)
+    first, tiles, share = _share(context, splits, fill, min_tiles, long_tiles, WINDOW, BLOCK_N)
     begin = split * share
     if (begin >= tiles) & (split > 0):  # the first one writes, even if there is no context
         return
@@ -186,11 +148,16 @@ def _decode_kernel(
         shares = tl.cdiv(tiles, share)
         if arrived == shares - 1:
             tl.store(counters_ptr + pair, 0)
-            out = out_ptr + (token * NUM_KV_HEADS + head) * GROUP * D
-            _reduce(
-                partial_ptr, partial_log_ptr, first_vector, shares, out,
-                GROUP, D, D_PADDED, GROUP_PADDED, REDUCED,
+            vector = tl.arange(0, GROUP_PADDED)
+            whole = paged.combined(
+                # A head that is not there repeats the last one.
+                partial_ptr, partial_log_ptr, first_vector + tl.minimum(vector, GROUP - 1),
+                GROUP, shares, D, D_PADDED, GROUP_PADDED, LOADED,
             )  # fmt: skip
+            out = out_ptr + (token * NUM_KV_HEADS + head) * GROUP * D
+            there = (vector < GROUP)[:, None] & (numbers < D)[None, :]
+            vectors = out + (vector * D)[:, None] + numbers[None, :]
+            tl.store(vectors, whole.to(out_ptr.dtype.element_ty), there)
 
 
 def splits_of(
@@ -199,11 +166,10 @@ def splits_of(
     """How to divide contexts of at most `max_context_len` so that they fill a chip."""
     longest = min(max_context_len, window) if window else max_context_len
     programs = max(1, num_rows * num_kv_heads)
-    number = -(-PROGRAMS * chip.multiprocessors // programs)
-    if number > 1:
-        return Splits(max(1, min(number, -(-longest // MIN_SHARE), MAX_SPLITS)), MIN_SHARE)
+    fill = -(-PROGRAMS * chip.multiprocessors // programs)
     number = min(-(-longest // LONG_SHARE), MAX_PROGRAMS * chip.multiprocessors // programs)
-    return Splits(max(1, number), MANY_MIN_SHARE)
+    number = min(max(number, fill), -(-longest // MIN_SHARE), MAX_SPLITS)
+    return Splits(max(1, number), fill)
 
 
 def block_n_of(head_dim: int, dtype: torch.dtype) -> int:
@@ -211,11 +177,11 @@ def block_n_of(head_dim: int, dtype: torch.dtype) -> int:
     return min(128, max(16, (16 << 10) // (paged.padded(head_dim) * dtype.itemsize)))
 
 
-def reduction(group: int, head_dim: int) -> dict[str, int]:
-    """The constants of `_reduce`."""
+def combination(group: int, head_dim: int) -> dict[str, int]:
+    """The constants of `paged.combined`."""
     group_padded = triton.next_power_of_2(group)
-    reduced = max(1, min(32, REDUCED_NUMBERS // (group_padded * paged.padded(head_dim))))
-    return {"GROUP_PADDED": group_padded, "REDUCED": reduced}
+    loaded = max(1, min(32, COMBINED_NUMBERS // (group_padded * paged.padded(head_dim))))
+    return {"GROUP_PADDED": group_padded, "LOADED": loaded}
 
 
 def _paged_decode(
@@ -284,15 +250,17 @@ def _paged_decode(
         block_table.stride(0),
         inner_scale,
         outer_scale,
+        splits.fill,
+        max(1, splits.min_share // block_n),
+        max(1, splits.long_share // block_n),
         WINDOW=window,
         CAPPED=soft_cap > 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        MIN_TILES=max(1, splits.min_share // block_n),
         num_warps=8 if block_m * head_dim > 8192 else 4,
         num_stages=3,
         **paged.sizes(group, num_kv_heads, block_size, head_dim),
-        **reduction(group, head_dim),
+        **combination(group, head_dim),
     )
 
 
@@ -335,6 +303,8 @@ def samples(device: torch.device) -> Iterator[Sample]:
         (Case("large pages", *ragged, block_size=256, dtype=f16, soft_cap=2.0), 4),
         (Case("bf16", *ragged, dtype=b16, head_dim=20, has_sinks=True), 3),
         (Case("int8", *ragged, pages=torch.int8, window=140, soft_cap=5.0), 5),
+        (Case("bf16, int8", *ragged, dtype=b16, pages=torch.int8, block_size=128), 2),
+        (Case("fp16, fp8", *ragged, dtype=f16, pages=torch.float8_e4m3fn, block_size=7), 3),
         (Case("fp8", *ragged, dtype=b16, pages=torch.float8_e4m3fn, head_dim=24), 2),
         (Case("window of one", *ragged, window=1, has_sinks=True), 1),
         (Case("more splits than are loaded at once", (1,), (700,), head_dim=256), 20),
@@ -346,7 +316,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
         row_ids = torch.tensor(decoded, dtype=torch.int32, device=device)
         out = torch.zeros(t.q.shape, dtype=case.dtype, device=device)
         counters = torch.zeros(len(decoded) * case.num_kv_heads, dtype=torch.int32, device=device)
-        kwargs = {**case.options(), "splits": Splits(splits, 32)}
+        kwargs = {**case.options(), "splits": Splits(splits, splits, min_share=32)}
         yield case.label, (*t, row_ids, counters, out), kwargs, case.tolerance
 
 
@@ -355,7 +325,7 @@ paged_decode = Op(_paged_decode, reference, samples)
 
 def compilations() -> Iterator[Compilation]:
     """For 16-bit and 8-bit pages at the usual sizes, with each feature."""
-    bf16 = "*bf16:16"
+    bf16, fp16 = "*bf16:16", "*fp16:16"
     for label, pages, head_dim, group, block_size, block_n, changes in (
         ("D=128", bf16, 128, 4, 16, 64, {}),
         ("D=128, window and cap", bf16, 128, 7, 64, 64, {"CAPPED": True, "WINDOW": 4096}),
@@ -363,8 +333,9 @@ def compilations() -> Iterator[Compilation]:
         ("D=256", bf16, 256, 2, 1, 32, {}),
         ("D=128, int8", "*i8:16", 128, 4, 16, 64, {}),
         ("D=128, fp8", "*fp8e4nv:16", 128, 4, 16, 64, {}),
+        ("D=128, fp16, fp8", "*fp8e4nv:16", 128, 4, 16, 64, {"q_ptr": fp16, "out_ptr": fp16}),
     ):
         arguments = paged.arguments(_decode_kernel, bf16, pages, group, block_size, head_dim)
-        arguments |= {"BLOCK_M": 16, "BLOCK_N": block_n, "MIN_TILES": MIN_SHARE // block_n}
-        arguments |= {**reduction(group, head_dim), **changes}
+        arguments |= {"BLOCK_M": 16, "BLOCK_N": block_n}
+        arguments |= {**combination(group, head_dim), **changes}
         yield paged.compilation(f"paged_decode {label}", _decode_kernel, arguments)

@@ -23,7 +23,6 @@ OPS = (
     "quantize_fp8:quantize_fp8",
     "rope_store:rope_store",
     "sample:sample",
-    "split_k:sum_splits",
     "step_inputs:step_inputs",
 )
 

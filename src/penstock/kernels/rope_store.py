@@ -259,7 +259,10 @@ def _put(
 
 
 def samples(device: torch.device) -> Iterator[Sample]:
-    """Every kind of pages; odd shapes of heads, blocks and dimensions; none and one token."""
+    """Every kind of pages; odd shapes of heads, blocks and dimensions; none and one token.
+
+    "far" is the end of a context of 131072, where angles are large.
+    """
     generator = torch.Generator().manual_seed(4)
     bfloat16, float32 = torch.bfloat16, torch.float32
     # label, format, pages, T, H, Hkv, D, block size, tolerance
@@ -271,6 +274,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
         ("programs of one kind", float32, float32, 1, 32, 16, 96, 256, 1e-5),
         ("int8", bfloat16, torch.int8, 5, 6, 2, 80, 5, 8e-3),
         ("fp8", bfloat16, torch.float8_e4m3fn, 5, 14, 2, 64, 16, 8e-3),
+        ("far", float32, float32, 2, 6, 2, 128, 1, 1e-5),
         ("no token", bfloat16, bfloat16, 0, 4, 2, 64, 16, 0.0),
     )
     for label, dtype, kind, num_tokens, num_heads, num_kv_heads, head_dim, block_size, tol in cases:
@@ -279,13 +283,16 @@ def samples(device: torch.device) -> Iterator[Sample]:
         qkv = torch.randn((num_tokens, width + head_dim), generator=generator)[:, :width]
         qkv[-1:, -head_dim:] = 0.0
         place = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+        positions = torch.randint(0, 5000, (num_tokens,), generator=generator)
+        if label == "far":
+            positions = 131071 - torch.arange(num_tokens)
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         pages = [torch.zeros(shape, dtype=kind, device=device) for _ in range(2)]
         scales = [torch.full(shape[:3], 0.5, device=device) for _ in range(2)]
         args = (
             qkv.to(device, dtype),
             (10000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2))).to(device),
-            torch.randint(0, 5000, (num_tokens,), generator=generator).to(device, torch.int32),
+            positions.to(device, torch.int32),
             place.to(device),
             *pages,
             *(scales if kind in LARGEST else (None, None)),

@@ -12,16 +12,20 @@ lowest id of several. So is a row whose largest logit is not finite; NaN is larg
 of the seed and the position, counter based.
 
 A program has 4096 columns of a row; what it finds, the next kernel reads. One pass over the logits
-gives the largest; for rows that are drawn from, 6 passes find the limit of top-k and 6 that of
-top-p, if any row has them (`kernels.sample_limits`); one gives the masses of the chunks, and a last
-program for each row looks into one chunk. Masses are integers, weights in units of 2**-44: any
-order of adding up gives the same, a row never depends on others, and the draw is exact. Nothing
-waits for the host.
+gives the largest, which is all that greedy rows need; for rows that are drawn from, 6 passes find
+the limit of top-k and 6 that of top-p, if any row has them (`kernels.sample_limits`); one gives the
+masses of the chunks, and a last program for each row looks into one chunk. Masses are integers,
+weights in units of 2**-44, and so added up without error: the draw is exact for its limit. A row
+never depends on others. Nothing waits for the host.
+
+The size of the vocabulary and the distance of rows are compiled in as far as they are multiples of
+16, and 16 bytes are loaded at once if they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -40,8 +44,8 @@ from penstock.kernels.sample_limits import (
 )
 
 _CHUNK = 4096  # columns of a program
-# Columns that are compared with all thresholds at once; the interpreter is slow by operations.
-_LANES, _UNROLLED = (1024, 2) if INTERPRETED else (128, 8)
+# Threads, of 8 columns each, and runs of them at once; the interpreter is slow by operations.
+_LANES, _UNROLLED = (512, 1) if INTERPRETED else (128, 2)
 
 
 @jit
@@ -58,7 +62,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@jit(do_not_specialize=["vocab_size", "num_chunks"])
+@jit(do_not_specialize=["num_chunks"])
 def _best_kernel(
     logits_ptr,  # [L, V]
     best_ptr,  # [L, chunks]
@@ -85,7 +89,7 @@ def _best_kernel(
     tl.store(best_ptr + slot * num_chunks + chunk, tl.max(best, axis=0))
 
 
-@jit(do_not_specialize=["vocab_size", "num_chunks", "num_all_passes"])
+@jit(do_not_specialize=["num_chunks", "num_all_passes"])
 def _mass_kernel(
     logits_ptr,  # [L, V]
     rows_ptr,  # [L]
@@ -131,7 +135,7 @@ def _mass_kernel(
     tl.store(masses_ptr + slot * num_chunks + chunk, mass)
 
 
-@jit(do_not_specialize=["vocab_size", "num_chunks"])
+@jit(do_not_specialize=["num_chunks"])
 def _draw_kernel(
     logits_ptr,  # [L, V]
     rows_ptr,  # [L]
@@ -186,7 +190,7 @@ def _sample(
     seeds: torch.Tensor,
     out: torch.Tensor,
     *,
-    num_searches: int = 2,
+    num_searches: int | None = 2,
 ) -> None:
     """One token for each row, into `out` [L] int32.
 
@@ -198,14 +202,15 @@ def _sample(
         top_k: [N] int32; 0 is no limit.
         top_p, min_p: [N] float32.
         seeds: [N] int64, the bits of 64-bit unsigned numbers.
-        num_searches: how many of top-k and top-p the row that has most of them has, at least.
+        num_searches: how many of top-k and top-p the row that has most of them has, at least. None:
+            all rows are greedy, which saves a launch.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, "a row lies in one piece"
     assert vocab_size < 2**19, "the mass of a row fits into 63 bits"
-    chunk = min(_CHUNK, triton.next_power_of_2(vocab_size))
+    chunk = min(_CHUNK, max(8, triton.next_power_of_2(vocab_size)))
     num_chunks = triton.cdiv(vocab_size, chunk)
-    num_passes = num_searches * NUM_PASSES
+    num_passes = (num_searches or 0) * NUM_PASSES
     best, masses = (logits.new_empty((num_rows, num_chunks), dtype=torch.int64) for _ in range(2))
     limits = logits.new_empty(num_rows, dtype=torch.int32)
     tables = logits.new_zeros((num_rows, num_passes, 32), dtype=torch.int64)
@@ -215,12 +220,14 @@ def _sample(
     grid = num_rows, num_chunks
     shape = {"CHUNKS": triton.next_power_of_2(num_chunks), "CHUNK": chunk, "SCALE": SCALE}
     searched = {**shape, "NUM_PASSES": NUM_PASSES}
-    lanes = {"LANES": min(_LANES, chunk), "UNROLLED": min(_UNROLLED, triton.cdiv(chunk, _LANES))}
+    lanes = min(_LANES, chunk // 8)
+    runs = {"LANES": lanes, "UNROLLED": min(_UNROLLED, chunk // (8 * lanes))}
 
     _best_kernel[grid](logits, best, *sizes, CHUNK=chunk)
     for index in range(num_passes):
-        measure_kernel[grid](*inputs, *sizes, index, num_passes, **searched, **lanes)
-    _mass_kernel[grid](*inputs, limits, masses, *sizes, num_passes, **searched)
+        measure_kernel[grid](*inputs, *sizes, index, num_passes, **searched, **runs)
+    if num_searches is not None:
+        _mass_kernel[grid](*inputs, limits, masses, *sizes, num_passes, **searched)
     _draw_kernel[(num_rows,)](
         logits, rows, positions, temperature, seeds, best, limits, masses, out, *sizes, **shape
     )
@@ -237,7 +244,7 @@ def reference(
     seeds: torch.Tensor,
     out: torch.Tensor,
     *,
-    num_searches: int = 2,
+    num_searches: int | None = 2,
 ) -> None:
     """The same in torch, by sorting."""
     t = temperature[rows]
@@ -289,14 +296,15 @@ sample = Op(_sample, reference, samples)
 
 
 def compilations() -> Iterator[Compilation]:
-    """For a vocabulary of 152k."""
-    types = {"logits": "fp32"} | dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
+    """For a vocabulary of 152k, of logits as models give them and as constraints leave them."""
+    types = dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
     types |= dict.fromkeys(("best", "tables", "states", "masses", "seeds"), "i64")
-    numbers = dict.fromkeys(("vocab_size", "num_chunks", "index", "num_all_passes"), "i32")
-    numbers["logits_stride"] = "i32:16"
+    numbers = dict.fromkeys(("num_chunks", "index", "num_all_passes"), "i32")
+    numbers |= dict.fromkeys(("logits_stride", "vocab_size"), "i32:16")
     fixed = {"CHUNKS": 64, "CHUNK": _CHUNK, "SCALE": SCALE, "NUM_PASSES": NUM_PASSES}
-    fixed |= {"LANES": 128, "UNROLLED": 8}
-    for kernel in (_best_kernel, measure_kernel, _mass_kernel, _draw_kernel):
+    fixed |= {"LANES": 128, "UNROLLED": 2}
+    kernels = _best_kernel, measure_kernel, _mass_kernel, _draw_kernel
+    for types["logits"], kernel in product(("bf16", "fp32"), kernels):
         names = kernel.arg_names
         signature = {
             name: f"*{types.get(name.removesuffix('_ptr'), 'i32')}:16"
@@ -305,5 +313,5 @@ def compilations() -> Iterator[Compilation]:
         }
         signature |= {name: kind for name, kind in numbers.items() if name in names}
         constexprs = {name: value for name, value in fixed.items() if name in names}
-        label = f"sample {kernel.__name__.removesuffix('_kernel').lstrip('_')}"
-        yield Compilation(label, kernel, signature, constexprs)
+        name = kernel.__name__.removesuffix("_kernel").lstrip("_")
+        yield Compilation(f"sample {name} {types['logits']}", kernel, signature, constexprs)

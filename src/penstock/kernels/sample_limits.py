@@ -6,7 +6,9 @@ are, and a weight is at most 1.0, whose bits are below 2**30. A pass measures wh
 largest threshold that `target` is reached from is where the next pass goes on. So a search takes 6
 passes; a row with top-k and top-p needs two. A program has one chunk of a row, and none of its
 columns if nothing in it reaches the lowest threshold, as after the first pass is the rule.
-Invariant: sums over chunks are of integers, so that the order of programs cannot show.
+Invariant: a chunk's weights are added up in float32 in an order that is part of the kernel, the
+same whatever else is computed; sums over chunks are of integers, so that the order of programs
+cannot show.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def narrowed(tables_ptr, states_ptr, place, turn, top_p):
     return low + ((reached - 1) << (25 - 5 * turn)), target
 
 
-@jit(do_not_specialize=["vocab_size", "num_chunks", "index", "num_all_passes"])
+@jit(do_not_specialize=["num_chunks", "index", "num_all_passes"])
 def measure_kernel(
     logits_ptr,  # [L, V]
     rows_ptr,  # [L]
@@ -119,15 +121,22 @@ def measure_kernel(
     thresholds = low + (tl.arange(0, 32) << (25 - 5 * turn))
     thresholds = thresholds.to(tl.float32, bitcast=True)
     sums = tl.zeros((32, LANES), tl.float32)
-    for start in range(0, CHUNK, LANES * UNROLLED):
+    places = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    for start in range(0, CHUNK, 8 * LANES * UNROLLED):
         for piece in tl.static_range(UNROLLED):  # so that their loads are under way together
-            columns = chunk * CHUNK + start + piece * LANES + tl.arange(0, LANES)
+            columns = chunk * CHUNK + start + piece * 8 * LANES + places
             weights = weights_of(
                 logits_ptr + slot * logits_stride, columns, vocab_size, peak, temperature
             )
-            measured = tl.where(is_count, 1.0, weights)
-            reaches = (weights[None, :] >= thresholds[:, None]).to(tl.float32)
-            sums += reaches * measured[None, :]
+            # A thread has eight neighbours, which are one load, and takes them one by one.
+            fours = tl.split(tl.reshape(weights, (LANES, 4, 2)))
+            for i in tl.static_range(2):
+                twos = tl.split(tl.reshape(fours[i], (LANES, 2, 2)))
+                for j in tl.static_range(2):
+                    ones = tl.split(twos[j])
+                    for k in tl.static_range(2):
+                        reaches = ones[k][None, :] >= thresholds[:, None]
+                        sums += tl.where(reaches, tl.where(is_count, 1.0, ones[k])[None, :], 0.0)
     found = tl.sum(sums, axis=1) * tl.where(is_count, 1.0, SCALE)
     table = tables_ptr + place * 32 + tl.arange(0, 32)
     tl.atomic_add(table, found.to(tl.int64), sem="relaxed")

@@ -1,26 +1,24 @@
-"""Sums of a matrix product whose inner dimension several programs share.
+"""Products whose inner dimension several programs share, in one launch.
 
-    out[t, n] = (sum over s of partial[s, t, n]) * column_scale[n] * row_scale[t] + bias[n]
+A product with few rows has too few tiles for all multiprocessors; then several programs take a part
+of the inner dimension of a tile each and leave float32 sums, which the one that is done last adds
+up: each counts itself when its own sums are in memory. Added up in the order of the parts, and not
+by atomic additions, a product is the same to the last bit whenever it is repeated.
 
-in float32, in the order of s, then rounded to the type of `out`. A product with few rows has too
-few tiles for all multiprocessors; then several programs take a part of the inner dimension each and
-leave float32 sums. Sums in a fixed order, and not atomic additions, make a product the
-same to the last bit whenever it is repeated.
-
-Tiling: a program has 1024 numbers of one row.
+Owns how a dimension is cut, and what such programs do with their sums; `int_matmul` and
+`fp8_matmul` compute these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 
 import torch
 
 from penstock.kernels.chip import Chip, chip
-from penstock.kernels.jit import jit, tl, triton
-from penstock.kernels.op import Compilation, Op, Sample
+from penstock.kernels.jit import jit, tl
 
-_BLOCK = 1024
+_MAX_TILES = 1024  # that are shared: no more than there are programs at the same time
 _OTHER_BYTES = 1024  # of shared memory, for scales and barriers
 
 
@@ -38,14 +36,21 @@ def cut(
     units = num_steps // unit
     wanted = max(1, min(waves * chip(device).multiprocessors // num_programs, units // 8))
     steps = -(-units // wanted) * unit
-    return -(-num_steps // steps), steps
+    num_parts = -(-num_steps // steps)
+    assert num_parts == 1 or num_programs <= _MAX_TILES
+    return num_parts, steps
 
 
-def room(num_parts: int, out: torch.Tensor) -> torch.Tensor:
-    """Where programs leave their sums: `out` itself, or one for each part."""
-    if num_parts == 1:
-        return out
-    return torch.empty(num_parts, *out.shape, dtype=torch.float32, device=out.device)
+def room(num_parts: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs leave their sums, [num_parts, *out.shape] float32, and where they count."""
+    shape = (num_parts if num_parts > 1 else 0, *out.shape)
+    return torch.empty(shape, dtype=torch.float32, device=out.device), counters(out.device)
+
+
+@cache
+def counters(device: torch.device) -> torch.Tensor:
+    """One for each tile: zeros, and again when a product is done. Products follow one another."""
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
 def stages(wanted: int, matrix_bytes: int, token_bytes: int, chip: Chip) -> int:
@@ -55,103 +60,26 @@ def stages(wanted: int, matrix_bytes: int, token_bytes: int, chip: Chip) -> int:
     return min(wanted, free // (matrix_bytes + token_bytes) + 1)
 
 
-@jit(do_not_specialize=["num_parts", "num_rows"])
-def _kernel(
-    partial,
-    column_scale,
-    row_scale,
-    bias,
-    out,
-    num_parts,
-    num_rows,
-    num_columns,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < num_columns
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(num_parts):
-        start = (part * num_rows + row) * num_columns
-        total += tl.load(partial + start + column, mask=mask, other=0.0)
-    if column_scale is not None:
-        total *= tl.load(column_scale + column, mask=mask, other=0.0)
-    if row_scale is not None:
-        total *= tl.load(row_scale + row)
-    if bias is not None:
-        total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * num_columns + column, total.to(out.dtype.element_ty), mask=mask)
+@jit
+def is_last(total, partial, counter, place, mask, size, part, num_parts):
+    """Leave the sums of a part of a tile, and say whether those of all the others are there.
 
-
-def _sum_splits(
-    partial: torch.Tensor,
-    column_scale: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Write the sums of partial [S, T, N] float32, scaled, to out [T, N].
-
-    Args:
-        column_scale: [N] float32.
-        row_scale: [T] float32.
-        bias: [N], of any floating type.
+    `place` and `mask` are those of the tile in a matrix of `size` numbers.
     """
-    num_parts, num_rows, num_columns = partial.shape
-    grid = (num_rows, triton.cdiv(num_columns, _BLOCK))
-    _kernel[grid](
-        partial,
-        column_scale,
-        row_scale,
-        bias,
-        out,
-        num_parts,
-        num_rows,
-        num_columns,
-        BLOCK=_BLOCK,
-    )
+    tl.store(partial + part * size + place, total, mask=mask)
+    # What all threads have stored is visible to whoever sees the count (release, acquire).
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
 
 
-def reference(
-    partial: torch.Tensor,
-    column_scale: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """The same in plain torch."""
-    total = partial.sum(0)
-    if column_scale is not None:
-        total *= column_scale
-    if row_scale is not None:
-        total *= row_scale[:, None]
-    if bias is not None:
-        total += bias.float()
-    out.copy_(total)
-
-
-def samples(device: torch.device) -> Iterator[Sample]:
-    """Small arguments."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        out = torch.zeros(3, 1100, dtype=dtype, device=device)
-        bias = drawn(1100).to(dtype)
-        yield f"all, {dtype}", (drawn(4, 3, 1100), drawn(1100), drawn(3), bias, out), {}, tolerance
-    out = torch.zeros(1, 5, device=device)
-    yield "sum alone", (drawn(2, 1, 5), None, None, None, out), {}, 1e-6
-
-
-def compilations() -> Iterator[Compilation]:
-    """What the kernel is compiled for."""
-    pointers = dict.fromkeys(("partial", "column_scale"), "*fp32:16")
-    signature = pointers | {"bias": "*bf16:16", "out": "*bf16:16"}
-    signature |= {"num_parts": "i32", "num_rows": "i32", "num_columns": "i32:16"}
-    constexprs = {"row_scale": None, "BLOCK": _BLOCK}
-    yield Compilation("sum_splits bf16", _kernel, signature, constexprs)
-
-
-sum_splits = Op(_sum_splits, reference, samples)
+@jit
+def added(partial, counter, place, mask, size, num_parts, TOGETHER: tl.constexpr):
+    """The sums of all parts of a tile, in their order, `TOGETHER` of them loaded at once."""
+    tl.store(counter, 0)
+    total = tl.zeros(place.shape, tl.float32)
+    for first in range(0, num_parts, TOGETHER):
+        for index in tl.static_range(TOGETHER):
+            there = mask & (first + index < num_parts)
+            place_of_part = partial + (first + index) * size + place
+            total += tl.load(place_of_part, mask=there, other=0.0, cache_modifier=".cg")
+    return total

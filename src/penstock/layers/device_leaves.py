@@ -148,10 +148,11 @@ class Linear:
             first += _length(rows)
 
     def finish(self) -> None:
-        """Derive what the products read."""
+        """Derive what the products read, and compile them."""
         self.weight.finish()
         if self._reduces and self._group.rank > 0:
             self.bias = None  # the first rank adds it
+        self.weight.warm_up(self.bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [T, in] to [T, out]; gated: to [T, out / 2]."""
@@ -260,9 +261,10 @@ class Head:
         yield self._weight
 
     def finish(self) -> None:
-        """Derive what the products read, unless the embedding does."""
+        """Derive what the products read, unless the embedding does, and compile them."""
         if self._tied_to is None:
             self.table.finish()
+        self.table.warm_up()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] of hidden [L, size], on every rank; rows may be padded in memory."""

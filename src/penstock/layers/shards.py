@@ -61,9 +61,13 @@ def problem(shape: Shape, group_size: int) -> str | None:
         return None
     return (
         f"`{shape.num_heads}` heads, `{shape.num_kv_heads}` of keys and values, and "
-        f"`{shape.intermediate_size}` rows of the MLP cannot be shared by `{group_size}` ranks; "
-        f"sizes that work: {_told([size for size in _SIZES if _splits(shape, size)])}"
+        f"`{shape.intermediate_size}` rows of the MLP cannot be shared by `{group_size}` ranks"
     )
+
+
+def sizes(shape: Shape) -> list[int]:
+    """Numbers of ranks that can share a model, up to 64."""
+    return [size for size in _SIZES if _splits(shape, size)]
 
 
 def heads(num_heads: int, num_kv_heads: int, group_size: int) -> Heads:

@@ -20,6 +20,7 @@ from penstock.quantization import schemes
 LIBRARY_BYTES = 320 * MIB  # cuBLAS and its workspaces, our kernels, the allocator's last segments
 GROUP_BYTES = 256 * MIB  # NCCL's buffers, with several ranks
 GRAPH_BYTES = 4 * MIB  # a captured graph, beside what it computes in
+MAX_GRAPH_ROWS = 512  # as vLLM by default: a step of more keeps a GPU busy while it is launched
 FLASHINFER_BYTES = 128 * MIB  # `penstock.attention.flashinfer.WORKSPACE_BYTES`
 FLASHINFER_WRAPPER_BYTES = 8 * MIB  # what each allocates for its plans
 SPLIT_K_BYTES = 32 * MIB  # partial sums of programs that share the columns of a matrix
@@ -34,20 +35,22 @@ class DeviceStep(NamedTuple):
     """The largest step, and the largest that is replayed."""
 
     num_tokens: int
-    num_rows: int
+    num_rows: int = 0  # of the largest graph
     num_graphs: int = 0  # sizes that are captured
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of rows for which decode is captured, ascending; a step takes the next one up.
 
-    Close together where a step is short, so that padding costs little anywhere.
+    Close together where a step is short, so that padding costs little anywhere. Steps of more rows
+    than the last one are computed eagerly.
     """
-    sizes, size = {1, 2, 4, max_num_seqs}, 8
-    while size < max_num_seqs:
+    most = min(max_num_seqs, MAX_GRAPH_ROWS)
+    sizes, size = {1, 2, 4, most}, 8
+    while size < most:
         sizes.add(size)
         size += 8 if size < 64 else 16 if size < 256 else 32
-    return sorted(size for size in sizes if size <= max_num_seqs)
+    return sorted(size for size in sizes if size <= most)
 
 
 def table_bytes(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
@@ -84,7 +87,7 @@ def on_device(
     """Of the triton backend, on each of `group_size` ranks; without a GPU, of what tries it out."""
     share = share_of(spec, group_size)
     form = dtype if quantization == schemes.NONE else quantization
-    ranks = f", a share of 1/{group_size}" if group_size > 1 else ""
+    ranks = ", its share of them" if group_size > 1 else ""
     runtime_bytes, runtime = TORCH_BYTES, "Python and torch"
     if is_on_gpu:
         runtime_bytes, runtime = LIBRARY_BYTES, "the CUDA libraries"

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.attention.paged import DeviceBatch
+from penstock.kernels.jit import INTERPRETED
+from penstock.kernels.op import mode
 from penstock.kernels.step_inputs import step_inputs
 from penstock.layers.device_tables import DeviceTables
 from penstock.models.device_footprint import graph_sizes
@@ -102,8 +104,8 @@ class DecodeGraphs:
         )
         batch.meta = model.attention.capture(batch)
         compute = partial(self._compute, batch, starts)
-        if model.device.type != "cuda":
-            return batch, compute
+        if model.device.type != "cuda" or mode() != "triton" or INTERPRETED:
+            return batch, compute  # references ask the device what to do, which no graph can hold
         compute()  # compiles kernels, and lets libraries set themselves up
         graph = torch.cuda.CUDAGraph()
         # Threads of other libraries (NCCL's watchdog) may go on calling CUDA meanwhile.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 from penstock.errors import ConfigError
 from penstock.extras import explain, why_not
@@ -25,6 +25,13 @@ from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import NONE
 
 
+class Problem(NamedTuple):
+    """Why a backend cannot compute a model here, as half a sentence, and what helps, as a hint."""
+
+    reason: str
+    remedy: str | None = None
+
+
 @final
 class Backends:
     """What this machine can compute one model with: `penstock.engine.backends.Backends`.
@@ -35,7 +42,7 @@ class Backends:
     def __init__(self, spec: ModelSpec, tensor_parallel_size: int = 1) -> None:
         self._spec = spec
         self._num_ranks = tensor_parallel_size
-        self._problems: dict[str, str | None] = {}
+        self._problems: dict[str, Problem | None] = {}
 
     @property
     def shows_gpu(self) -> bool:
@@ -54,13 +61,18 @@ class Backends:
         return len(gpu.gpus()) if gpu.problem() is None else 0
 
     def problem(self, name: str) -> str | None:
-        """Why the backend `native` or `triton` cannot compute the model here; None if it can."""
-        if name not in self._problems:
-            if name == "native":
-                self._problems[name] = native_problem(self._spec)
-            else:
-                self._problems[name] = device_problem(self._spec, self._num_ranks)
-        return self._problems[name]
+        """Why the backend `native` or `triton` cannot compute the model here; None if it can.
+
+        Raises:
+            ConfigError: the environment asks for what the backend has not.
+        """
+        found = self._problem(name)
+        return None if found is None else found.reason
+
+    def remedy(self, name: str) -> str | None:
+        """What helps against that problem, as a hint, if anything that is known."""
+        found = self._problem(name)
+        return None if found is None else found.remedy
 
     def fp8_problem(self) -> str | None:
         """Why the triton backend cannot compute with 8-bit floats here; None if it can."""
@@ -70,6 +82,15 @@ class Backends:
 
         return gpu.fp8_problem()
 
+    def _problem(self, name: str) -> Problem | None:
+        if name not in self._problems:
+            if name == "triton":
+                self._problems[name] = device_problem(self._spec, self._num_ranks)
+            else:
+                reason = native_problem(self._spec)
+                self._problems[name] = None if reason is None else Problem(reason)
+        return self._problems[name]
+
 
 def native_problem(spec: ModelSpec) -> str | None:
     """Why the native backend cannot compute such a model on this machine; None if it can."""
@@ -78,31 +99,49 @@ def native_problem(spec: ModelSpec) -> str | None:
     return native_model.unsupported(spec)
 
 
-def device_problem(spec: ModelSpec, tensor_parallel_size: int = 1) -> str | None:
+def device_problem(spec: ModelSpec, tensor_parallel_size: int = 1) -> Problem | None:
     """Why the triton backend cannot compute such a model on this machine; None if it can.
 
     Without a GPU it computes on the CPU if the environment says by whom: by the references in
     plain torch (`PENSTOCK_KERNELS`), or by Triton's interpreter (`TRITON_INTERPRET`).
+
+    Raises:
+        ConfigError: `PENSTOCK_KERNELS` is neither of its values, or asks for what cannot run.
     """
-    if problem := shards.problem(spec, tensor_parallel_size):
-        return problem
-    on_cpu = os.environ.get("PENSTOCK_KERNELS") or os.environ.get("TRITON_INTERPRET") == "1"
-    if not on_cpu and not has_nvidia_device():
-        return "there is no NVIDIA GPU; `PENSTOCK_KERNELS=reference` tries it on the CPU, slowly"
+    if reason := shards.problem(spec, tensor_parallel_size):
+        return Problem(reason, f"use `--tensor-parallel-size` of {_any(shards.sizes(spec))}")
     try:
+        on_cpu = bool(os.environ.get("PENSTOCK_KERNELS")) or _is_interpreted()
+        if not on_cpu and not has_nvidia_device():
+            return Problem(
+                "there is no NVIDIA GPU",
+                "`PENSTOCK_KERNELS=reference` together with `--backend triton` tries it on the "
+                "CPU, slowly",
+            )
         from penstock.attention import paged
         from penstock.kernels import gpu, op
     except (ImportError, OSError) as error:
-        return why_not("torch", error)
-    if not on_cpu and (problem := gpu.problem()):
-        return problem
-    try:
-        op.mode()
-    except ConfigError as error:
-        return error.message
+        return Problem(why_not("torch", error))
+    if not on_cpu and (reason := gpu.problem()):
+        return Problem(reason)
+    op.mode()
     # With a format and a size of blocks that every backend has: they may still refuse the heads.
     told = paged.available(spec, "bfloat16", 16, gpu.device())
-    return None if [] in told.values() else "; ".join(told["triton"])
+    return None if [] in told.values() else Problem("; ".join(told["triton"]))
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's interpreter is asked for. Triton is imported only where it may be."""
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False
+    from penstock.kernels.jit import INTERPRETED
+
+    return INTERPRETED
+
+
+def _any(sizes: list[int]) -> str:
+    *others, last = [f"`{size}`" for size in sizes]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def load_model(

@@ -41,15 +41,14 @@ class Distributed:
     def __init__(
         self, directory: Path, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
-        """Wait until all ranks are here.
+        """Take this thread's device; `join` meets the others.
 
         Args:
             directory: where they meet: empty, the same for all, and closed to other users.
             device: this rank's own; all are of one kind.
-            timeout_s: how long a rank waits for the others, here and in every verb.
+            timeout_s: how long a rank waits for the others, in `join` and in every verb.
 
         Raises:
-            PeerLost: not all came.
             ConfigError: the process is in a group of torch's own already.
         """
         if dist.is_initialized():
@@ -60,24 +59,38 @@ class Distributed:
         self.rank = rank
         self.size = size
         self.device = device
-        timeout = timedelta(seconds=timeout_s)
+        self._directory = directory
+        self._timeout = timedelta(seconds=timeout_s)
+        self._is_closed = False
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:  # the same number everywhere: what every rank computes is then equal to the last bit
             torch.set_num_threads(max(1, num_usable_cores() // size))
         # gloo raises plain ones; on a GPU those are this rank's own, as of a kernel that failed.
         self._losses = dist.DistError if device.type == "cuda" else RuntimeError
+
+    def join(self) -> None:
+        """Wait until all ranks are here. On any thread; a `close` meanwhile does not end it.
+
+        Raises:
+            PeerLost: not all came.
+        """
+        is_on_gpu = self.device.type == "cuda"
         with _on_loopback(), self._losing():
-            store = dist.FileStore(str(directory / "ranks"), size)  # type: ignore[attr-defined]
-            store.set_timeout(timeout)
+            path = str(self._directory / "ranks")
+            store = dist.FileStore(path, self.size)  # type: ignore[attr-defined]
+            store.set_timeout(self._timeout)
+            dist.distributed_c10d._world.group_count = 0  # names the group; left by one that failed
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "nccl" if is_on_gpu else "gloo",
                 store=store,
-                rank=rank,
-                world_size=size,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,  # connects now, not in a graph
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self._timeout,
+                device_id=self.device if is_on_gpu else None,  # connects now, not in a graph
             )
+        if self._is_closed:  # while this waited
+            self.close()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; equal to the last bit on all of them."""
@@ -101,6 +114,7 @@ class Distributed:
 
     def close(self) -> None:
         """Leave the group; the others need not be there any more."""
+        self._is_closed = True
         if dist.is_initialized():
             self.abort()
             dist.destroy_process_group()

@@ -63,3 +63,9 @@ class ErrorReport(msgspec.Struct, frozen=True):
         if self.retry_after_s is not None:
             given["retry_after_s"] = self.retry_after_s
         return kind(self.message, **given)
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """A process is about to end: the error of loading, or what stopped it."""
+
+    report: ErrorReport

@@ -13,9 +13,13 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from penstock.kernels import fp8_matmul as fp8
+from penstock.kernels import int_matmul as integers
 from penstock.kernels.fp8_matmul import fp8_matmul
 from penstock.kernels.int_matmul import int_matmul
 from penstock.kernels.int_words import pack, weights_of
+from penstock.kernels.jit import INTERPRETED
+from penstock.kernels.op import mode
 from penstock.kernels.quantize_fp8 import quantize_fp8
 from penstock.quantization import encode
 from penstock.quantization.schemes import DEVICE_COLUMNS, Format
@@ -45,6 +49,9 @@ class DeviceWeight(Protocol):
 
     def finish(self) -> None:
         """All rows are in. Called once, before the first product."""
+
+    def warm_up(self, bias: torch.Tensor | None = None) -> None:
+        """Let no product with such a bias, of any number of tokens, wait for a compiler."""
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [T, num_columns] to x W^T + bias, [T, num_rows], in the type of x."""
@@ -87,6 +94,9 @@ class Dense:
 
     def finish(self) -> None:
         """Nothing to derive."""
+
+    def warm_up(self, bias: torch.Tensor | None = None) -> None:
+        """Nothing to compile."""
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias."""
@@ -149,6 +159,11 @@ class Integers:
     def finish(self) -> None:
         """Nothing to derive."""
 
+    def warm_up(self, bias: torch.Tensor | None = None) -> None:
+        """Compute a product for each tiling."""
+        for num_tokens in _compiled(integers.FIRST_TOKENS):
+            self(self._row_scales.new_zeros(num_tokens, self.num_columns, dtype=self._dtype), bias)
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias."""
         return int_matmul(
@@ -196,6 +211,11 @@ class Fp8:
 
     def finish(self) -> None:
         """Nothing to derive."""
+
+    def warm_up(self, bias: torch.Tensor | None = None) -> None:
+        """Compute a product for each tiling."""
+        for num_tokens in _compiled(fp8.FIRST_TOKENS):
+            self(self._scales.new_zeros(num_tokens, self.num_columns, dtype=self._dtype), bias)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias."""
@@ -273,6 +293,11 @@ class Fp8Blocks:
             self._encode(block * encode.BLOCK, rows)
         self._waiting.clear()
 
+    def warm_up(self, bias: torch.Tensor | None = None) -> None:
+        """Compute a product for each tiling."""
+        for num_tokens in _compiled(fp8.FIRST_TOKENS):
+            self(self._scales.new_zeros(num_tokens, self.num_columns, dtype=self._dtype), bias)
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias."""
         x8, x_scale = quantize_fp8(x, encode.BLOCK)
@@ -287,6 +312,11 @@ class Fp8Blocks:
     def num_bytes(self) -> int:
         """What it takes on the device."""
         return self._values.nbytes + self._scales.nbytes
+
+
+def _compiled(first_tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of tokens from which on a product takes another kernel, if kernels are compiled."""
+    return first_tokens if mode() == "triton" and not INTERPRETED else ()
 
 
 def _in_parts(

@@ -56,7 +56,7 @@ class _Step(NamedTuple):
     """What the host says of a step; the same for all steps with the same requests."""
 
     has_plain: bool
-    num_searches: int  # see `kernels.sample`
+    num_searches: int | None  # see `kernels.sample`
     shaped: list[_Shaped]
     asked: list[int]  # places of the rows that ask for log-probabilities
     ks: list[int]
@@ -95,7 +95,8 @@ class DeviceSampler:
             return
         self._last = None
         index = np.array(rows, np.int64)
-        floats = state.temperature, state.top_p, state.min_p, state.typical_p
+        temperature = np.where(state.greedy, 0, state.temperature)  # which is rounded
+        floats = temperature, state.top_p, state.min_p, state.typical_p
         settings = np.stack([*(one[index].view(np.int32) for one in floats), state.top_k[index]])
         where, packed, seeds = upload(
             [index, settings.ravel(), state.seed[index].view(np.int64)], self._device
@@ -104,10 +105,16 @@ class DeviceSampler:
         self._seeds.index_copy_(0, where, seeds)
 
     def warm_up(self, logits: Tensor) -> None:
-        """Compile all that rows may ask for, so that none waits, for logits [L, V] like these."""
+        """Compile all that rows may ask for, so that none waits.
+
+        Args:
+            logits: [L, V] as an eager step gives them. What a graph gives, and what is shaped, has
+                its rows side by side; kernels differ if that makes rows begin elsewhere.
+        """
         place = torch.zeros(1, dtype=torch.int32, device=self._device)
-        for like in (logits, logits.index_select(0, place).float()):  # the latter to be shaped
-            self._choose(like[:1], place, place, 2, torch.empty_like(place))
+        alone = logits.index_select(0, place)
+        for like in (logits[:1], alone, alone.float()):
+            self._choose(like, place, place, 2, torch.empty_like(place))
 
     def sample(
         self,
@@ -154,6 +161,7 @@ class DeviceSampler:
         key = rows.tobytes()
         if self._last is not None and self._last[0] == key:
             return self._last[1]
+        self._last = None  # before the next is made, because its masks are large
         is_drawn = ~state.greedy[rows]
         top_k, top_p = state.top_k[rows], state.top_p[rows]
         searches = is_drawn * (((top_k > 0) & (top_k < self._vocab_size)).astype(int) + (top_p < 1))
@@ -162,7 +170,7 @@ class DeviceSampler:
         asked = np.flatnonzero(state.num_logprobs[rows] >= 0)
         step = _Step(
             len(special) < len(rows),
-            int(searches.max()),
+            int(searches.max()) if is_drawn.any() else None,
             [
                 self._shaped(places, rows[places], state)
                 for group, size in ((~is_typical, 2 * PIECE), (is_typical, PIECE))
@@ -192,7 +200,12 @@ class DeviceSampler:
         return _Shaped(rows, upload([places], self._device)[0], constraints, is_typical)
 
     def _choose(
-        self, logits: Tensor, rows: Tensor, positions: Tensor, num_searches: int, out: Tensor
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        num_searches: int | None,
+        out: Tensor,
     ) -> None:
         """What temperature, min-p, top-k and top-p give."""
         sample(

@@ -118,13 +118,12 @@ class Gate:
         """When the engine got the work that it has not done; now if it has none.
 
         The engine tells of a request only with a step, so one that hangs in its first step is seen
-        by the calls that wait for a first token. A call that has had one may wait for its reader.
+        by what it owes, also to those who have left meanwhile.
         """
         stats = self._client.stats
         if stats.num_running + stats.num_waiting:
             return stats.last_step_s
-        waiting = (call.started_s for call in self._open if call.first_token_s is None)
-        return max(stats.last_step_s, min(waiting, default=time.monotonic()))
+        return max(stats.last_step_s, self._client.owed_since_s)
 
     def begin_drain(self) -> None:
         """Let nothing in any more; what is open goes on."""
