@@ -217,22 +217,27 @@ class Scheduler:
             How many; 0 if there are no blocks for them and the request had to preempt itself, or if
             its last token is in flight.
         """
-        if request.num_in_flight and request.will_end(self._max_model_len):
+        num_known, num_in_flight = len(request.token_ids), request.num_in_flight
+        if num_in_flight and request.will_end(self._max_model_len):
             return 0
         start = request.num_computed
-        length = min(request.num_pending, self._max_chunk, budget)
+        length = request.num_pending
+        if length > 1:
+            length = min(length, self._max_chunk, budget)
         end = start + length
         block_size = self._kv.block_size
         if end > len(request.blocks) * block_size and not self._grow(request, plan, end):
             return 0
-        if (num_known := min(end, len(request.token_ids))) // block_size > request.num_chained:
+        if end >= num_known + num_in_flight:
+            request.num_in_flight = num_in_flight + 1
+        else:
+            num_known = min(end, num_known)
+        if num_known // block_size > request.num_chained:
             self._kv.commit(request, num_known)
         assert request.row is not None
         plan.slices.append(Slice(request.row, start, length))
         self._planned[-1].append(request)
         request.num_computed = end
-        if end >= len(request.token_ids) + request.num_in_flight:
-            request.num_in_flight += 1
         return length
 
     def _grow(self, request: Request, plan: StepPlan, num_tokens: int) -> bool:

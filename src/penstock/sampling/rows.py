@@ -2,8 +2,8 @@
 
 Owns token ids and sampling settings by row. The arrays are numpy: indexing rows costs a fraction of
 what torch asks, and `torch.from_numpy` shares the memory.
-Invariant: for a row in use, `token_ids[row, :num_tokens[row]]` are the tokens of its request; beside
-a device that keeps a table of its own, no more than those that the row was admitted with.
+Invariant: `token_ids[row, :num_tokens[row]]` are the tokens of the request in a row; beside a
+device that keeps a table of its own, no more of them than it was admitted with.
 """
 
 from __future__ import annotations
