@@ -291,6 +291,13 @@ def test_what_an_engine_owes() -> None:
         assert owes()  # the end, of which nobody will hear
         client.say([], FinishReason.ABORT)
         assert not owes()
+        first = asyncio.ensure_future(anext(client.generate(ask("a", [1], None))))
+        await asyncio.sleep(0)
+        since_s = client.owed_since_s
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert client.owed_since_s == since_s  # to leave unanswered makes no younger debt
 
     asyncio.run(body())
 

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 from penstock.kernels import registry
 from penstock.kernels.op import Compilation
 
+COUNTERS = {"counters_ptr", "counters"}  # parameters of kernels whose last program finishes
+
 
 def compiled(entry: Compilation, capability: int) -> dict[str, Any]:
     """Label, shared memory and spilled bytes, whether warp groups multiply, what loads are wide."""
@@ -52,9 +54,24 @@ def compiled(entry: Compilation, capability: int) -> dict[str, Any]:
         "spilled": sum(map(int, spilled)),
         "registers": max(map(int, registers)),
         "loads_16_bytes": bool(re.search(r"ld\.global\S*\.v4\.b32", result.asm["ptx"])),
+        "is_fenced": is_fenced(result.asm["ptx"]) if COUNTERS & set(names) else True,
         "wgmma": "wgmma.mma_async" in result.asm["ptx"],
         "wants_wgmma": entry.wgmma,
     }
+
+
+def is_fenced(ptx: str) -> bool:
+    """Whether what programs leave for the last of them is written before, and read after.
+
+    A barrier lets all threads finish their stores; the atomic releases them and acquires those of
+    the other programs; what is read then comes past the cache of the multiprocessor.
+    """
+    counted = re.search(r"\batom\S*\.acq_rel\b", ptx)
+    if counted is None:  # the largest tiles share nothing
+        return "atom" not in ptx
+    before, after = ptx[: counted.start()], ptx[counted.end() :]
+    last_store = before.rfind("st.global")
+    return "bar.sync" in before[last_store:] and "bar.sync" in after and "ld.global.cg" in after
 
 
 def assembler_log(code: str, capability: int) -> str:

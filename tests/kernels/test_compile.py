@@ -39,6 +39,8 @@ def test_all_kernels_compile_into_registers(
             problems.append(f"{label} spills {spilled} bytes")
         if shared > SHARED_BYTES[capability]:
             problems.append(f"{label} wants {shared} bytes of shared memory")
+        if not result["is_fenced"]:
+            problems.append(f"{label} may count a program before what it leaves is written")
         if capability == 90 and result["wants_wgmma"] and not result["wgmma"]:
             problems.append(f"{label} multiplies without warp groups")
         if label.startswith("sample ") and not result["loads_16_bytes"]:

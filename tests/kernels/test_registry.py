@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import random
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,10 +17,27 @@ import torch
 
 from penstock import kernels
 from penstock.kernels import registry
+from penstock.kernels.jit import INTERPRETED
 from penstock.kernels.op import Op, forced, triton_problem
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 MAX_NEIGHBOURS = 0.02  # of 8-bit numbers that may have been rounded to the other side
+
+
+@pytest.fixture(autouse=True)
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run in any order, as on a GPU: which one is the last must not matter."""
+    if not INTERPRETED:
+        return
+    rng = random.Random(0)
+
+    def ordered(*args: int) -> Iterable[int]:
+        numbers = range(*args)
+        # Of what the interpreter counts, only the loops over the grid.
+        is_grid = sys._getframe(1).f_code.co_qualname == "GridExecutor.__call__"
+        return rng.sample(numbers, len(numbers)) if is_grid else numbers
+
+    monkeypatch.setattr("triton.runtime.interpreter.range", ordered, raising=False)
 
 
 def cloned(value: Any) -> Any:

@@ -185,6 +185,7 @@ class _Stream:
     __slots__ = ("_error", "_event", "_news", "_owed_since_s", "is_ended")
 
     def __init__(self) -> None:
+        self._owed_since_s: float | None = None
         self.owe()
         self._event: TokenEvent | None = None
         self._error: ErrorReport | None = None
@@ -202,8 +203,9 @@ class _Stream:
         return _now_s() if self._owed_since_s is None else self._owed_since_s
 
     def owe(self) -> None:
-        """The engine was told something."""
-        self._owed_since_s: float | None = _now_s()
+        """The engine was told something; an older debt stands."""
+        if self._owed_since_s is None:
+            self._owed_since_s = _now_s()
 
     def push(self, event: TokenEvent) -> None:
         self._owed_since_s = None

@@ -189,9 +189,11 @@ class Peers:
             self._watcher.join(_EXIT_S)
         for rank in self._ranks:
             rank.socket.close()
-        if self._group is not None:
-            self._group.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        try:
+            if self._group is not None:
+                self._group.close()
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _wait(self, until: Callable[[], bool], late: Callable[[], str]) -> None:
         """Wait for what another thread notifies of. Raises the cause if a rank dies first."""

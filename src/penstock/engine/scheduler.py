@@ -135,6 +135,7 @@ class Scheduler:
             budget -= self._plan_slice(admitted, plan, budget)
         if plan.slices:
             self._released = []
+            self._gauge()
         else:
             assert not plan.admitted
             self._planned.pop()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -62,6 +63,7 @@ class Distributed:
         self._directory = directory
         self._timeout = timedelta(seconds=timeout_s)
         self._is_closed = False
+        self._closing = threading.Lock()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:  # the same number everywhere: what every rank computes is then equal to the last bit
@@ -114,10 +116,11 @@ class Distributed:
 
     def close(self) -> None:
         """Leave the group; the others need not be there any more."""
-        self._is_closed = True
-        if dist.is_initialized():
-            self.abort()
-            dist.destroy_process_group()
+        with self._closing:
+            self._is_closed = True
+            if dist.is_initialized():
+                self.abort()
+                dist.destroy_process_group()
 
     @contextmanager
     def _losing(self) -> Iterator[None]:

@@ -92,7 +92,7 @@ class Child:
         else:
             text = f"{self._name} ended with exit code `{status}`."
             if status < 0:
-                text = f"{self._name} was killed by `{signal.Signals(-status).name}`."
+                text = f"{self._name} was killed by `{_name_of(-status)}`."
             if status == -signal.SIGKILL:
                 hint = "the kernel kills so when memory runs out: look into its log"
             self._forwarder.join(_STATUS_S)
@@ -119,3 +119,11 @@ class Child:
                 self._tail.append(text.rstrip()[:500])
                 with contextlib.suppress(ValueError, OSError):  # our stderr is closed
                     sys.stderr.write(prefix + text)
+
+
+def _name_of(number: int) -> str:
+    """`SIGKILL`; the signals for real time have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
