@@ -49,6 +49,18 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(scope="module")
+def references() -> Iterator[None]:
+    """References compute where there is no GPU: the interpreter takes a hundred times as long."""
+    if HAS_GPU:
+        yield
+        return
+    from penstock.kernels.op import forced
+
+    with forced("reference"):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where whatever a test loads keeps its weights: never in the home of who runs the tests."""

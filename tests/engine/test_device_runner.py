@@ -21,20 +21,10 @@ from helpers_waits import WouldWait, no_wait
 from test_engine_exact import BASES, EVENTS, play, stress
 
 from penstock.engine.core import EngineCore
-from penstock.kernels.gpu import device
-from penstock.kernels.op import forced
 from penstock.models.graphs import DecodeGraphs
 from penstock.types import EngineRequest, SamplingParams
 
-
-@pytest.fixture(autouse=True, scope="module")
-def references() -> Iterator[None]:
-    """The interpreter would take a hundred times as long."""
-    if device().type == "cuda":
-        yield
-    else:
-        with forced("reference"):
-            yield
+pytestmark = pytest.mark.usefixtures("references")
 
 
 @pytest.mark.parametrize(

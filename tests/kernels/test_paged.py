@@ -63,7 +63,7 @@ def decode(t: Tensors, rows: list[int], splits: Splits, **options: Any) -> torch
     counters = torch.zeros(len(rows) * t.keys.shape[1], dtype=torch.int32, device=t.q.device)
     out = torch.zeros(t.q.shape, dtype=t.q.dtype, device=t.q.device)
     row_ids = torch.tensor(rows, dtype=torch.int32, device=t.q.device)
-    paged_decode.launch(*t, row_ids, counters, out, splits=splits, **options)
+    paged_decode.launch(t, row_ids, counters, out, splits=splits, **options)
     assert not counters.any()
     return out
 
@@ -77,7 +77,7 @@ def prefill(
     counters = torch.zeros(num_shares * num_kv_heads, dtype=torch.int32, device=t.q.device)
     out = torch.zeros(t.q.shape, dtype=t.q.dtype, device=t.q.device)
     paged_prefill.paged_prefill.launch(
-        *t,
+        t,
         torch.from_numpy(work).to(t.q.device),
         counters,
         out,
@@ -118,11 +118,11 @@ def test_references_write_their_rows_and_no_others() -> None:
     out = torch.zeros(t.q.shape)
     counters = torch.zeros(8, dtype=torch.int32)
     row_ids = torch.tensor([3, 1], dtype=torch.int32)
-    paged_decode.reference(*t, row_ids, counters, out, splits=Splits(1, 1), **options)
+    paged_decode.reference(t, row_ids, counters, out, splits=Splits(1, 1), **options)
     zeros = torch.zeros_like
     assert torch.equal(out, torch.cat([zeros(by_row[0]), by_row[1], zeros(by_row[2]), by_row[3]]))
     work = torch.from_numpy(schedule([2, 1, 3, 1], [4, 9, 3, 1], 2, 1)[0])
-    paged_prefill.reference(*t, work, counters, out, block_m=4, **options)
+    paged_prefill.reference(t, work, counters, out, block_m=4, **options)
     assert torch.equal(out, torch.cat(by_row))
 
 
@@ -175,7 +175,7 @@ def test_long_rows_are_split_and_short_ones_are_not(
     counters = torch.full((3,), -1000, dtype=torch.int32, device=device)
     out = torch.zeros(t.q.shape, device=device)
     row_ids = torch.arange(3, dtype=torch.int32, device=device)
-    paged_decode.launch(*t, row_ids, counters, out, splits=splits, **case.options())
+    paged_decode.launch(t, row_ids, counters, out, splits=splits, **case.options())
     assert (counters + 1000).tolist() == shares, "in tiles of 128 tokens"
     assert [bool(row.any()) for row in out] == [not count for count in shares]
 
@@ -195,7 +195,7 @@ def test_long_tiles_are_split_and_short_ones_are_not(
     out = torch.zeros(t.q.shape, device=device)
     work = torch.from_numpy(found).to(device)
     options = {"block_m": 16, "num_shares": num_shares, "tiling": TILE, "min_share": 32}
-    paged_prefill.paged_prefill.launch(*t, work, counters, out, **options, **case.options())
+    paged_prefill.paged_prefill.launch(t, work, counters, out, **options, **case.options())
     assert (counters[[0, 7, 6]] + 1000).tolist() == counts
     assert [bool(token.any()) for token in out] == [False] * 3 + [True] * 2
 
@@ -272,7 +272,7 @@ def test_a_row_without_context_gets_zeros(device: torch.device) -> None:
     row_ids = torch.arange(2, dtype=torch.int32, device=device)
     counters = torch.zeros(4, dtype=torch.int32, device=device)
     options = {"scale": 1.0, "window": 0, "soft_cap": 0.0, "splits": Splits(2, 2, 16)}
-    paged_decode.launch(*t, row_ids, counters, out, **options)
+    paged_decode.launch(t, row_ids, counters, out, **options)
     assert not out[1].any()
     assert out[0].any()
 
@@ -432,7 +432,7 @@ def test_no_number_of_rows_needs_a_kernel_of_its_own(monkeypatch: pytest.MonkeyP
         counters = torch.zeros(2 * num_rows, dtype=torch.int32)
         splits = splits_of(num_rows, 2, 131072, 0, HOPPER)
         paged_decode.launch(
-            *t,
+            t,
             row_ids,
             counters,
             t.q.contiguous(),

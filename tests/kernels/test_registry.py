@@ -42,6 +42,8 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cloned(value: Any) -> Any:
     """A copy that shares nothing, with the strides of the original."""
+    if isinstance(value, tuple):  # a named one
+        return type(value)(*map(cloned, value))
     if not isinstance(value, torch.Tensor):
         return value
     copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -6,7 +6,6 @@ interpreter; the kernels have tests of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +40,7 @@ Logits = dict[str, torch.Tensor]
 WAYS = (full, chunked, token_by_token, ragged)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def references() -> Iterator[None]:
-    """Where there is no GPU; the interpreter would take a hundred times as long."""
-    if device().type == "cuda":
-        yield
-    else:
-        with forced("reference"):
-            yield
+pytestmark = pytest.mark.usefixtures("references")
 
 
 class Checkpoint(NamedTuple):

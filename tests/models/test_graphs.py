@@ -6,7 +6,6 @@ On a CPU a replay runs the same function over the same tensors; `gpu` tests capt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from tests.models.configs import CONFIGS
 from tests.models.device_helpers import load_device
 
 from penstock.attention.paged import DeviceBatch
-from penstock.kernels.gpu import device
-from penstock.kernels.op import forced
 from penstock.layers.device_tables import DeviceTables
 from penstock.models.device_model import DeviceModel
 from penstock.models.graphs import DecodeGraphs
@@ -26,14 +23,7 @@ MAX_MODEL_LEN = 40
 BLOCK_SIZE = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def references() -> Iterator[None]:
-    """Where there is no GPU."""
-    if device().type == "cuda":
-        yield
-    else:
-        with forced("reference"):
-            yield
+pytestmark = pytest.mark.usefixtures("references")
 
 
 @pytest.fixture(scope="module")

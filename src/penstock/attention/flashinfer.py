@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from penstock.attention.paged import DeviceBatch, PagedLayer, PagedShape, head_problems
+from penstock.attention.base import AttentionShape
+from penstock.attention.paged import DeviceBatch, PagedLayer, head_problems
 from penstock.attention.pages import PAGE_DTYPES, SCALED
 from penstock.errors import EngineError
 from penstock.kernels import transfer
@@ -75,13 +76,13 @@ class FlashInferAttention:
 
     name = "flashinfer"
 
-    def __init__(self, shape: PagedShape) -> None:
+    def __init__(self, shape: AttentionShape) -> None:
         self._shape = shape
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._eager: dict[tuple[bool, _Kind], _Wrapper] = {}  # by whether it is for decode
 
     def unsupported(
-        self, shape: PagedShape, kv_dtype: str, block_size: int, device: torch.device
+        self, shape: AttentionShape, kv_dtype: str, block_size: int, device: torch.device
     ) -> list[str]:
         """Why FlashInfer cannot serve such a model there; empty if it can."""
         reasons = []

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from penstock.attention.base import AttentionShape
 from penstock.attention.pages import PAGE_DTYPES, KVPages
 from penstock.errors import ConfigError
 from penstock.kernels import gpu, paged
@@ -32,17 +33,6 @@ from penstock.kernels.paged_prefill import (
 from penstock.kernels.transfer import upload
 
 MAX_BLOCK_SIZE = 256  # tokens
-
-
-class PagedShape(Protocol):
-    """What a backend must know of a model, or a rank's share, to say whether it can serve it."""
-
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
 
 
 class PagedLayer(NamedTuple):
@@ -90,7 +80,7 @@ class PagedAttention(Protocol):
         """How a user calls it."""
 
     def unsupported(
-        self, shape: PagedShape, kv_dtype: str, block_size: int, device: torch.device
+        self, shape: AttentionShape, kv_dtype: str, block_size: int, device: torch.device
     ) -> list[str]:
         """Why this backend cannot serve such a model there; empty if it can."""
 
@@ -134,14 +124,14 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, shape: PagedShape) -> None:
+    def __init__(self, shape: AttentionShape) -> None:
         self._shape = shape
         # Replaced by longer ones, never changed: a captured plan goes on with what it has.
         self._counters = torch.empty(0, dtype=torch.int32)
         self._every_row = torch.empty(0, dtype=torch.int32)  # 0, 1, 2, ...
 
     def unsupported(
-        self, shape: PagedShape, kv_dtype: str, block_size: int, device: torch.device
+        self, shape: AttentionShape, kv_dtype: str, block_size: int, device: torch.device
     ) -> list[str]:
         """Why these kernels cannot serve such a model there; empty if they can."""
         reasons = []
@@ -209,7 +199,7 @@ class TritonAttention:
                 chip(q.device),
             )
             paged_decode(
-                *tensors,
+                tensors,
                 plan.decode_rows,
                 plan.counters,
                 out,
@@ -220,7 +210,7 @@ class TritonAttention:
             )
         if plan.work is not None:
             paged_prefill(
-                *tensors,
+                tensors,
                 plan.work,
                 plan.counters,
                 out,
@@ -250,7 +240,7 @@ class TritonAttention:
         return self._counters
 
 
-def head_problems(shape: PagedShape) -> list[str]:
+def head_problems(shape: AttentionShape) -> list[str]:
     """Why no backend can compute such heads."""
     if shape.num_heads % shape.num_kv_heads == 0:
         return []
@@ -258,7 +248,7 @@ def head_problems(shape: PagedShape) -> list[str]:
 
 
 def available(
-    shape: PagedShape, kv_dtype: str, block_size: int, device: torch.device
+    shape: AttentionShape, kv_dtype: str, block_size: int, device: torch.device
 ) -> dict[str, list[str]]:
     """Every backend by name, the preferred one first, with the reasons why it cannot serve."""
     return {
@@ -267,7 +257,7 @@ def available(
 
 
 def choose(
-    name: str, shape: PagedShape, kv_dtype: str, block_size: int, device: torch.device
+    name: str, shape: AttentionShape, kv_dtype: str, block_size: int, device: torch.device
 ) -> PagedAttention:
     """The backend of that name; "auto": the first that can serve such a model there.
 
@@ -290,7 +280,7 @@ def choose(
     raise ConfigError(" ".join(why_not), hint="`penstock doctor` lists every backend.")
 
 
-def _all(shape: PagedShape) -> list[PagedAttention]:
+def _all(shape: AttentionShape) -> list[PagedAttention]:
     from penstock.attention.flashinfer import FlashInferAttention  # it needs this module's types
 
     return [TritonAttention(shape), FlashInferAttention(shape)]

@@ -66,10 +66,6 @@ class EngineClient(Protocol):
         """Stop the engine; open requests get an error."""
 
 
-def _now_s() -> float:
-    return time.monotonic()
-
-
 class StreamingClient:
     """What every client shares: the open requests, and the life of one request.
 
@@ -103,7 +99,9 @@ class StreamingClient:
     @property
     def owed_since_s(self) -> float:
         """Since when the engine owes an answer."""
-        return min((stream.owed_since_s for stream in self._streams.values()), default=_now_s())
+        return min(
+            (stream.owed_since_s for stream in self._streams.values()), default=time.monotonic()
+        )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent, None]:
         """Run one request; see `EngineClient.generate`.
@@ -200,12 +198,12 @@ class _Stream:
     @property
     def owed_since_s(self) -> float:
         """Since when the engine owes an answer; now if it owes none."""
-        return _now_s() if self._owed_since_s is None else self._owed_since_s
+        return time.monotonic() if self._owed_since_s is None else self._owed_since_s
 
     def owe(self) -> None:
         """The engine was told something; an older debt stands."""
         if self._owed_since_s is None:
-            self._owed_since_s = _now_s()
+            self._owed_since_s = time.monotonic()
 
     def push(self, event: TokenEvent) -> None:
         self._owed_since_s = None

@@ -24,7 +24,6 @@ from penstock.engine.plan import Slice, StepPlan, StepResult
 from penstock.engine.runner import Done, Step
 from penstock.engine.state import DeviceState
 from penstock.kernels import transfer
-from penstock.kernels.step_inputs import step_inputs
 from penstock.layers.device_tables import DeviceTables
 from penstock.models.device_model import DeviceModel
 from penstock.models.graphs import DecodeGraphs
@@ -293,17 +292,7 @@ class DeviceRunner:
             attention=model.attention,
             contexts=slices.ends.tolist(),
         )
-        step_inputs(
-            rows,
-            starts,
-            of_queries,
-            tables.token_ids,
-            tables.block_table,
-            tables.block_size,
-            batch.input_ids,
-            batch.positions,
-            batch.slots,
-        )
+        tables.fill(batch, starts)
         hidden = model.forward(batch)
         asked = self._prompt_logprobs(slices, query_start, hidden)
         if len(logit_rows) < len(hidden):  # else it is all of them, in order

@@ -185,16 +185,7 @@ def combination(group: int, head_dim: int) -> dict[str, int]:
 
 
 def _paged_decode(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
+    t: Tensors,
     row_ids: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
@@ -209,7 +200,7 @@ def _paged_decode(
     A row whose context is 0 gets zeros.
 
     Args:
-        q: as all up to `context_len`: see `penstock.kernels.paged.Tensors`.
+        t: see `penstock.kernels.paged.Tensors`.
         row_ids: [n] int32, rows of the batch.
         counters: [n * Hkv] int32 or more, zeros; they are zeros again when this is done.
         out: [T, H, D], contiguous.
@@ -217,37 +208,28 @@ def _paged_decode(
         soft_cap: scores become soft_cap * tanh(score / soft_cap); 0: they stay.
         splits: how contexts are divided.
     """
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, block_size = keys.shape[1:3]
+    num_heads, head_dim = t.q.shape[1:]
+    num_kv_heads, block_size = t.keys.shape[1:3]
     group, num_rows = num_heads // num_kv_heads, len(row_ids)
     block_m = max(16, triton.next_power_of_2(group))
-    block_n = block_n_of(head_dim, q.dtype)
-    assert q.stride(2) == 1
-    assert all(x.is_contiguous() for x in (keys, values, out))
+    block_n = block_n_of(head_dim, t.q.dtype)
+    assert t.q.stride(2) == 1
+    assert all(x.is_contiguous() for x in (t.keys, t.values, out))
     assert len(counters) >= num_rows * num_kv_heads
     if num_rows == 0:
         return
     inner_scale, outer_scale = paged.factors(scale, soft_cap)
     shape = (num_rows, num_kv_heads, splits.number if splits.number > 1 else 0, group)
     _decode_kernel[(num_rows, num_kv_heads, splits.number)](
-        q,
-        keys,
-        values,
-        key_scale,
-        value_scale,
-        sinks,
-        block_table,
-        rows,
-        query_start,
-        context_len,
+        *t,
         row_ids,
         out,
-        torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty(shape, dtype=torch.float32, device=q.device),
+        torch.empty((*shape, head_dim), dtype=torch.float32, device=t.q.device),
+        torch.empty(shape, dtype=torch.float32, device=t.q.device),
         counters,
-        q.stride(0),
-        q.stride(1),
-        block_table.stride(0),
+        t.q.stride(0),
+        t.q.stride(1),
+        t.block_table.stride(0),
         inner_scale,
         outer_scale,
         splits.fill,
@@ -265,16 +247,7 @@ def _paged_decode(
 
 
 def reference(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
+    t: Tensors,
     row_ids: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
@@ -285,9 +258,6 @@ def reference(
     splits: Splits,
 ) -> None:
     """The same in torch, row by row and in one piece."""
-    t = Tensors(
-        q, keys, values, key_scale, value_scale, sinks, block_table, rows, query_start, context_len
-    )
     paged.attend_rows(t, row_ids.tolist(), out, scale, window, soft_cap)
 
 
@@ -317,7 +287,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
         out = torch.zeros(t.q.shape, dtype=case.dtype, device=device)
         counters = torch.zeros(len(decoded) * case.num_kv_heads, dtype=torch.int32, device=device)
         kwargs = {**case.options(), "splits": Splits(splits, splits, min_share=32)}
-        yield case.label, (*t, row_ids, counters, out), kwargs, case.tolerance
+        yield case.label, (t, row_ids, counters, out), kwargs, case.tolerance
 
 
 paged_decode = Op(_paged_decode, reference, samples)

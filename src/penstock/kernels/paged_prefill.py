@@ -303,16 +303,7 @@ def tiling_for(
 
 
 def _paged_prefill(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
+    t: Tensors,
     work: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
@@ -328,7 +319,7 @@ def _paged_prefill(
     """Attention of the listed tiles into `out`; what they do not cover, it leaves.
 
     Args:
-        q: as all up to `context_len`: see `penstock.kernels.paged.Tensors`.
+        t: see `penstock.kernels.paged.Tensors`.
         work: [n, 4] int32, contiguous, by `schedule` for tiles of `block_m // (H // Hkv)` tokens.
         counters: [num_shares * Hkv] int32 or more, zeros; they are zeros again when this is done.
         out: [T, H, D], contiguous.
@@ -338,37 +329,28 @@ def _paged_prefill(
         tiling: how to cut the work, if not as `tiling_for` says.
         min_share: tokens that a share has at least, if the device finds less to do than the host.
     """
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, block_size = keys.shape[1:3]
+    num_heads, head_dim = t.q.shape[1:]
+    num_kv_heads, block_size = t.keys.shape[1:3]
     group = num_heads // num_kv_heads
-    cut = tiling or tiling_for(block_m, head_dim, q.dtype, keys.dtype, chip_of(q.device))
+    cut = tiling or tiling_for(block_m, head_dim, t.q.dtype, t.keys.dtype, chip_of(t.q.device))
     assert cut.block_m == block_m >= group
-    assert q.stride(2) == 1
-    assert all(x.is_contiguous() for x in (keys, values, work, out))
+    assert t.q.stride(2) == 1
+    assert all(x.is_contiguous() for x in (t.keys, t.values, work, out))
     assert len(counters) >= num_shares * num_kv_heads
     if len(work) == 0:
         return
     inner_scale, outer_scale = paged.factors(scale, soft_cap)
     shape = (num_shares, num_kv_heads, block_m)
     _prefill_kernel[(len(work), num_kv_heads)](
-        q,
-        keys,
-        values,
-        key_scale,
-        value_scale,
-        sinks,
-        block_table,
-        rows,
-        query_start,
-        context_len,
+        *t,
         work,
         out,
-        torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty(shape, dtype=torch.float32, device=q.device),
+        torch.empty((*shape, head_dim), dtype=torch.float32, device=t.q.device),
+        torch.empty(shape, dtype=torch.float32, device=t.q.device),
         counters,
-        q.stride(0),
-        q.stride(1),
-        block_table.stride(0),
+        t.q.stride(0),
+        t.q.stride(1),
+        t.block_table.stride(0),
         inner_scale,
         outer_scale,
         WINDOW=window,
@@ -395,16 +377,7 @@ def _cut_sizes(cut: Tiling, group: int, head_dim: int, min_share: int) -> dict[s
 
 
 def reference(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
+    t: Tensors,
     work: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
@@ -418,9 +391,6 @@ def reference(
     min_share: int = MIN_SHARE,
 ) -> None:
     """The same in torch, row by row. Every row has all of its tiles in the list."""
-    t = Tensors(
-        q, keys, values, key_scale, value_scale, sinks, block_table, rows, query_start, context_len
-    )
     paged.attend_rows(t, work[:, 0].unique().tolist(), out, scale, window, soft_cap)
 
 
@@ -461,7 +431,7 @@ def samples(device: torch.device) -> Iterator[Sample]:
         out = torch.zeros(t.q.shape, dtype=case.dtype, device=device)
         sizes = {"block_m": block_m, "num_shares": num_shares, "min_share": min_share}
         kwargs = {**case.options(), **sizes, "tiling": cut}
-        yield case.label, (*t, work, counters, out), kwargs, case.tolerance
+        yield case.label, (t, work, counters, out), kwargs, case.tolerance
 
 
 paged_prefill = Op(_paged_prefill, reference, samples)

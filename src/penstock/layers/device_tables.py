@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from penstock.attention.paged import DeviceBatch
 from penstock.kernels import transfer
+from penstock.kernels.step_inputs import step_inputs
 
 
 class DeviceTables:
@@ -69,6 +71,24 @@ class DeviceTables:
     def write(self, places: torch.Tensor, numbers: torch.Tensor) -> None:
         """Put numbers [n] int32 into places [n] int64, both on the device; no place twice."""
         self._numbers.index_copy_(0, places, numbers)
+
+    def fill(self, batch: DeviceBatch, starts: torch.Tensor) -> None:
+        """Write what every token of a batch is: ids, positions and slots.
+
+        Args:
+            starts: [R] int32, the position of the first token of each row.
+        """
+        step_inputs(
+            batch.rows,
+            starts,
+            batch.query_start,
+            self.token_ids,
+            self.block_table,
+            self.block_size,
+            batch.input_ids,
+            batch.positions,
+            batch.slots,
+        )
 
     def inputs(self, size: int) -> list[torch.Tensor]:
         """Where `upload` leaves the first three arrays of `size` numbers each, if it can."""

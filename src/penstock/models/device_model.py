@@ -144,7 +144,7 @@ def load(
 
 
 class Share(NamedTuple):
-    """Implements `PagedShape`: the heads of one rank."""
+    """Implements `AttentionShape`: the heads of one rank."""
 
     num_heads: int
     num_kv_heads: int

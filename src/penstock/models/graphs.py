@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from penstock.attention.paged import DeviceBatch
 from penstock.kernels.jit import INTERPRETED
 from penstock.kernels.op import mode
-from penstock.kernels.step_inputs import step_inputs
 from penstock.layers.device_tables import DeviceTables
 from penstock.models.device_footprint import graph_sizes
 from penstock.models.device_model import DeviceModel
@@ -116,17 +115,6 @@ class DecodeGraphs:
 
     def _compute(self, batch: DeviceBatch, starts: torch.Tensor) -> None:
         """What is captured: all from the numbers of the step to the logits."""
-        tables, size = self._tables, len(batch.rows)
-        step_inputs(
-            batch.rows,
-            starts,
-            batch.query_start,
-            tables.token_ids,
-            tables.block_table,
-            tables.block_size,
-            batch.input_ids,
-            batch.positions,
-            batch.slots,
-        )
+        self._tables.fill(batch, starts)
         hidden = self._model.decoder.forward(batch)
-        self._logits[:size].copy_(self._model.logits(hidden))
+        self._logits[: len(batch.rows)].copy_(self._model.logits(hidden))
