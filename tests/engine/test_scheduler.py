@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from helpers_scheduler import VOCAB_SIZE, Engine, check_events
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from penstock.engine.plan import Slice, StepResult
 from penstock.engine.policy import POLICIES
@@ -65,6 +65,7 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
     engine = Engine(num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **setting)
     asked = sorted(asked, key=lambda item: item["arrival_step"])
     ids: list[str] = []
+    num_unserved = 0  # steps since the oldest was served
     for step in itertools.count():
         while len(ids) < len(asked) and asked[len(ids)]["arrival_step"] <= step:
             item = dict(asked[len(ids)])
@@ -79,7 +80,9 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
             engine.abort(request_id)
         oldest = min(engine.scheduler._requests.values(), key=lambda r: r.arrival, default=None)
         before = (oldest.num_preemptions, oldest.num_computed) if oldest else (0, 0)
-        is_waited_for = oldest is not None and oldest.will_end(MAX_MODEL_LEN)
+        ends = oldest is not None and oldest.will_end(MAX_MODEL_LEN)
+        # It was preempted before it was the oldest, and what it needs is known when that is read.
+        is_unread = oldest is not None and oldest.row is None and oldest.num_in_flight > 0
         was_in_flight = bool(engine.in_flight)
         plan = engine.step(tuple(aborts["planned"]), tuple(aborts["executed"]))
         if oldest is not None:
@@ -88,7 +91,11 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
             if setting["policy"] == "fcfs" and oldest.id not in aborted:
                 # Nobody starves: the oldest is served in each step, and never preempted.
                 assert oldest.num_preemptions == before[0]
-                assert oldest.num_computed > before[1] or is_waited_for
+                num_unserved = 0 if oldest.num_computed > before[1] else num_unserved + 1
+                assert num_unserved == 0 or ends or (is_unread and num_unserved < setting["depth"])
+                seen["unread"] += is_unread
+            else:
+                num_unserved = 0
         seen["in_flight"] += len(engine.in_flight)
         seen["wasted"] += sum(
             request.row is None for planned in engine.scheduler._planned for request in planned
@@ -98,8 +105,28 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
     return engine
 
 
+def ask(num_shared: int, last: int, max_tokens: int | None) -> dict[str, Any]:
+    """A request of `REQUESTS`: a part of the prefix and one token more."""
+    draw: dict[str, Any] = dict.fromkeys(("logprobs", "prompt_logprobs", "abort"))
+    draw |= {"arrival_step": 0, "priority": 0, "salt": "", "min_tokens": 0, "ignore_eos": False}
+    return draw | {"num_shared": num_shared, "tail": [last], "max_tokens": max_tokens}
+
+
 @settings(max_examples=150)
 @given(setting=ENGINES, asked=REQUESTS)
+@example(  # the third is preempted, and is the oldest before its two tokens in flight are read
+    setting={
+        "block_size": 1,
+        "num_spare_blocks": 0,
+        "budget": 64,
+        "chunk": 0,
+        "rows": 4,
+        "caching": False,
+        "policy": "fcfs",
+        "depth": 2,
+    },
+    asked=[ask(0, 1, 1), ask(0, 1, 1), ask(3, 2, None), ask(12, 1, None)],
+)
 def check_all(setting: dict[str, Any], asked: list[dict[str, Any]]) -> None:
     engine = play(setting, asked)
     for request in engine.requests.values():
