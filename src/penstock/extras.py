@@ -8,8 +8,14 @@ _EXTRAS = {
     "torch": "torch",
     "triton": "gpu",
     **dict.fromkeys(("jinja2", "numpy", "sentencepiece", "tokenizers", "tqdm"), "engine"),
-    **dict.fromkeys(("httptools", "httpx", "prometheus_client"), "serve"),
+    **dict.fromkeys(("httpx", "prometheus_client"), "serve"),
     **dict.fromkeys(("starlette", "uvicorn", "uvloop"), "serve"),
+    **dict.fromkeys(("cronsim", "httptools", "jsonschema", "psutil"), "measure"),
+    **dict.fromkeys(("scipy", "sqlalchemy"), "measure"),
+    **dict.fromkeys(("datasets", "langdetect", "lm_eval", "rouge_score", "sacrebleu"), "eval"),
+    "psycopg": "postgres",
+    "pyarrow": "parquet",
+    "pynvml": "nvml",
 }
 
 

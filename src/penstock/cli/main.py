@@ -21,6 +21,12 @@ COMMANDS = {
     "serve": "Serve a model over the OpenAI protocol.",
     "chat": "Chat in the terminal, with a model or a running server.",
     "generate": "Answer the prompts of a JSONL file.",
+    "bench": "Load a server, or engines side by side, and report what they do.",
+    "eval": "Score a model's answers: published tasks, brook's, or your own.",
+    "compare": "Decide between two servers, precisions, engines or providers.",
+    "track": "Probe providers on a schedule and keep the time series.",
+    "results": "List, filter, diff, import and export runs.",
+    "verify": "Compute every figure of a run again from its raw records.",
     "doctor": "Show what this machine has and what penstock makes of it.",
 }
 
