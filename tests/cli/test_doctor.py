@@ -54,6 +54,8 @@ def test_a_broken_torch_is_a_line(raises: str, told: str, tmp_path: Path) -> Non
 
 def test_every_backend_says_why() -> None:
     found = run()
+    assert {"RAPL", "NVML"} <= set(found["meters"])
+    assert all(found["meters"].values())
     assert list(found["backends"]) == ["triton", "native", "torch"]
     assert set(found["attention on triton"]) == {"triton", "flashinfer"}
     for lines in (found["backends"], found["attention on triton"]):

@@ -71,7 +71,18 @@ def report() -> dict[str, Any]:
         "attention on triton": {
             name: finding._asdict() for name, finding in _attention(triton).items()
         },
+        "meters": _meters(),
     }
+
+
+def _meters() -> dict[str, str]:
+    """What `penstock bench` and its kin can measure here."""
+    try:
+        from penstock.measure.meters.describe import describe
+    except ImportError as error:
+        return {"none": why_not("psutil", error)}
+    lines = [line.partition(": ") for line in describe()]
+    return {name: told for name, _, told in lines}
 
 
 class Finding(NamedTuple):
