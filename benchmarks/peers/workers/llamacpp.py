@@ -53,10 +53,10 @@ class LlamaCpp(Engine):
 
         whole = Path(options.directory) / "model.gguf"
         if options.precision == "bf16":
-            _write_gguf(Path(options.checkpoint), whole)
+            write_gguf(Path(options.checkpoint), whole)
             return
         plain = whole.with_name("bf16.gguf")
-        _write_gguf(Path(options.checkpoint), plain)
+        write_gguf(Path(options.checkpoint), plain)
         params = llama_cpp.llama_model_quantize_default_params()
         params.nthread = options.num_threads
         params.ftype = getattr(llama_cpp, FILE_TYPES[options.precision])
@@ -162,8 +162,8 @@ class LlamaCpp(Engine):
                     yield item, int(array.argmax())
 
 
-def _write_gguf(checkpoint: Path, path: Path) -> None:
-    """The checkpoint as GGUF: BF16 matrices, F32 norms, no vocabulary."""
+def write_gguf(checkpoint: Path, path: Path) -> None:
+    """The checkpoint as GGUF: BF16 matrices, F32 norms, and the vocabulary if there is one."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -179,7 +179,7 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("none")
+    _add_tokenizer(writer, checkpoint / "tokenizer.json", config)
     if config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", _frequency_factors(config))
     for name, tensor in _tensors(checkpoint, config):
@@ -192,6 +192,28 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: Any, file: Path, config: dict[str, Any]) -> None:
+    """A byte-level BPE in the Hugging Face format, as llama.cpp has it; without a file, none."""
+    import gguf
+
+    if not file.exists():
+        writer.add_tokenizer_model("none")
+        return
+    told = json.loads(file.read_text())
+    vocab = told["model"]["vocab"]
+    special = {token["content"] for token in told["added_tokens"] if token["special"]}
+    words = sorted(vocab, key=vocab.__getitem__)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words)
+    writer.add_token_types([control if word in special else normal for word in words])
+    writer.add_token_merges([" ".join(pair) for pair in told["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
 
 
 def _tensors(checkpoint: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
