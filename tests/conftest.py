@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -87,3 +91,49 @@ def data_dir() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("PENSTOCK_DATA does not name the data directory")
     return Path(root)
+
+
+def _as_nobody() -> dict[str, str]:
+    """PostgreSQL does not run as root."""
+    return {"user": "nobody"} if os.geteuid() == 0 else {}
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server without its database's name."""
+    if not all(map(shutil.which, ("initdb", "pg_ctl"))):
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg")
+    # Not in pytest's directory, which nobody but its owner may enter.
+    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as root:
+        data = Path(root) / "data"
+        if os.geteuid() == 0:
+            shutil.chown(root, "nobody")
+        run = {"cwd": root, "check": True, "stdout": subprocess.DEVNULL, **_as_nobody()}
+        initdb = ["initdb", "-D", str(data), "-U", "tester", "-A", "trust", "--no-sync"]
+        subprocess.run(initdb, **run)  # type: ignore[call-overload]
+        control = ["pg_ctl", "-D", str(data), "-w", "-l", f"{root}/log"]
+        options = f"-k {root} -c listen_addresses= -c fsync=off"
+        subprocess.run([*control, "-o", options, "start"], **run)  # type: ignore[call-overload]
+        try:
+            yield f"postgresql://tester@/{{name}}?host={root}"
+        finally:
+            stop = [*control, "-m", "immediate", "stop"]
+            subprocess.run(stop, **run)  # type: ignore[call-overload]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return str(tmp_path / "test.sqlite")
+    import sqlalchemy as sa
+
+    url: str = request.getfixturevalue("postgres")
+    name = f"test_{secrets.token_hex(4)}"
+    address = url.format(name="postgres").replace("postgresql:", "postgresql+psycopg:")
+    admin = sa.create_engine(address, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return url.format(name=name)

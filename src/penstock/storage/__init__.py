@@ -1,0 +1,1 @@
+"""Databases: SQLite in a file by default, PostgreSQL when asked. SQLAlchemy Core, never its ORM."""
