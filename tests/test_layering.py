@@ -65,6 +65,18 @@ TORCH_FREE = [
     "penstock.engine.core",
     "penstock.server.app",
     "penstock.cli.main",
+    "penstock.cli.bench",
+    "penstock.cli.bench_engines",
+    "penstock.cli.bench_load",
+    "penstock.cli.compare",
+    "penstock.cli.eval",
+    "penstock.cli.results",
+    "penstock.cli.track",
+    "penstock.cli.verify",
+    "penstock.measure.engines.session",
+    "penstock.measure.kinds",
+    "penstock.measure.load.session",
+    "penstock.measure.quality.session",
 ]
 # Who may name torch at all: the leaves that compute with it, attention, and the model around them;
 # and whole packages that are nothing without it.
@@ -94,6 +106,14 @@ USES_TORCH = {
     "sampling/device.py",
     "sampling/shaping.py",
 }
+# Measuring installs without an engine: who there touches one, and is imported only to do so.
+MEASURES_IN_PROCESS = {
+    "measure/offline.py",
+    "measure/quality/harness/inprocess.py",
+    "measure/quality/harness/model.py",
+    "measure/verdict/divergence_worker.py",
+}
+ENGINE_PARTS = {"attention", "engine", "kernels", "layers", "llm", "models", "native", "parallel"}
 
 
 def modules_of(path: Path) -> set[str]:
@@ -152,6 +172,31 @@ def test_no_torch(module: str) -> None:
         f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_who_measures_in_process() -> None:
+    found = {
+        str(path.relative_to(SRC))
+        for path in (SRC / "measure").rglob("*.py")
+        if imports_of(path) & ENGINE_PARTS
+    }
+    assert found == MEASURES_IN_PROCESS
+
+
+def test_measuring_needs_no_engine() -> None:
+    """The commands of measuring, and what they import, load no part of the engine."""
+    code = (
+        "import sys\n"
+        "from penstock.cli import bench, bench_engines, bench_load, compare, eval, track\n"
+        "import penstock.measure.load.endpoint, penstock.measure.quality.runner\n"
+        "import penstock.measure.verdict.figures, penstock.measure.track.service\n"
+        f"parts = {sorted(ENGINE_PARTS)}\n"
+        "found = [name for name in sys.modules if name.split('.')[:1] == ['penstock']\n"
+        "         and name.split('.')[1:2] and name.split('.')[1] in parts]\n"
+        "sys.exit(', '.join(found) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_who_imports_torch() -> None:
