@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import sentencepiece
@@ -74,7 +74,7 @@ def make_llama(path: Path) -> Path:
     return path
 
 
-def make_sentencepiece(path: Path) -> Path:
+def make_sentencepiece(path: Path, **options: Any) -> Path:
     """A SentencePiece model, with two tokens that only the configuration knows."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in CORPUS for line in text.splitlines() if line]),
@@ -85,6 +85,7 @@ def make_sentencepiece(path: Path) -> Path:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=9,
+        **options,
     )
     (path / "tokenizer_config.json").write_text(
         '{"added_tokens_decoder": {"420": {"content": "<|user|>", "special": true},'

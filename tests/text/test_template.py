@@ -1,35 +1,22 @@
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from penstock.errors import InvalidField, ModelLoadError
 from penstock.text.filters import GLOBALS
 from penstock.text.meter import METER, Meter, TemplateLimitError
 from penstock.text.template import ChatTemplate
-from penstock.text.tokenizer import Tokenizer, load_tokenizer
+from penstock.text.tokenizer import Tokenizer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 USER = {"role": "user", "content": " Hi\n there  'x' <b> "}
 ASSISTANT = {"role": "assistant", "content": "Hello.\n"}
-ARGUMENTS = {"city": "Zürich", "days": 3}
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
-TOOL_TURN = [
-    {"role": "user", "content": "Weather?"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "{}"},
-]
 TOOLS = [
     {
         "type": "function",
@@ -40,15 +27,6 @@ TOOLS = [
         },
     }
 ]
-CONVERSATIONS = {
-    "one": ([USER], None),
-    "system": ([SYSTEM, USER, ASSISTANT, {"role": "user", "content": "日本"}], None),
-    "plain": ([USER, ASSISTANT, USER], None),
-    "parts": ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], None),
-    "wrong": ([ASSISTANT, SYSTEM, ASSISTANT], None),
-    "empty": ([], None),
-    "tools": ([SYSTEM, *TOOL_TURN, ASSISTANT, USER], TOOLS),
-}
 LOOP = "{% for i in range(9999) %}" * 9 + "{}" + "{% endfor %}" * 9
 GROW = "{% set n = namespace(x='ab', l=[1]) %}{% for i in range(999) %}{}{% endfor %}"
 HOSTILE = [
@@ -132,88 +110,6 @@ ESCAPES = [
     "{{ range }}",
     "{{ (messages | map('upper')) }}",
 ]
-
-
-@cache
-def compiled(source: str) -> ChatTemplate:
-    return ChatTemplate(source, SPECIAL)
-
-
-# The others Mistral's library rewrites before it tokenizes: it parses tool results that are JSON,
-# and in version 2 merges the results of parallel calls. The templates do not.
-SAMPLES = {
-    1: ["no_tools"],
-    2: ["no_tools", "several_calls"],
-    3: ["no_tools", "several_calls", "parallel_calls"],
-}
-
-
-def published(data_dir: Path) -> Iterator[tuple[str, str]]:
-    """(file, source) of some 80 published templates."""
-    for folder in ("chat-templates", "tokenizer-mistral/chat_templates"):
-        for file in sorted((data_dir / folder).rglob("*.jinja")):
-            yield file.name, file.read_text("utf-8")
-    for file in sorted((data_dir / "chat-templates" / "mistral.rs").glob("*.json")):
-        yield file.name, json.loads(file.read_text("utf-8"))["chat_template"]
-
-
-def reference(source: str, messages: Any, tools: Any, prompt: bool) -> str | None:
-    """What transformers renders; None where the template refuses."""
-    try:
-        rendered, _ = render_jinja_template(
-            [messages], tools, None, source, add_generation_prompt=prompt, **SPECIAL
-        )
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None
-    text: str = rendered[0]
-    return text
-
-
-def attempt(template: ChatTemplate, messages: Any, tools: Any, prompt: bool) -> str | None:
-    try:
-        return template.render(messages, tools=tools, add_generation_prompt=prompt)
-    except InvalidField:
-        return None
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_renders_published_templates_as_transformers(data_dir: Path, name: str) -> None:
-    messages, tools = CONVERSATIONS[name]
-    num_equal = num_refused = 0
-    for file, source in published(data_dir):
-        template = compiled(source)
-        for prompt in (True, False):
-            expected = reference(source, messages, tools, prompt)
-            if expected is not None and "|safe" in source:
-                # There `safe` makes Jinja escape what is concatenated to its result, which no
-                # author means (mistral-common's issue 311).
-                expected = html.unescape(expected)
-            assert attempt(template, messages, tools, prompt) == expected, file
-            num_equal += expected is not None
-            num_refused += expected is None
-    assert num_equal + num_refused > 100
-    assert num_equal > 50 or name in ("wrong", "empty", "parts")
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_tokens_of_mistral_conversations(data_dir: Path, version: int) -> None:
-    """Against the tokens that Mistral's own library gives."""
-    folder = data_dir / "tokenizer-mistral"
-    files = {1: "tokenizer.model.v1", 2: "*240216.model.v2", 3: "*240323.model.v3"}
-    (file,) = (folder / "data").glob(files[version])
-    tokenizer = load_tokenizer(file)
-    source = (folder / "chat_templates" / f"v{version}_spm.jinja").read_text("utf-8")
-    template = ChatTemplate(source, tokenizer.special_tokens)
-    for name in SAMPLES[version]:
-        sample = json.loads((folder / "samples" / name / "sample.json").read_text("utf-8"))
-        for message in sample["messages"]:
-            for call in message.get("tool_calls") or ():  # that library parses them
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        ids = template.encode(
-            tokenizer, sample["messages"], sample["tools"] or None, add_generation_prompt=False
-        )
-        expected = json.loads((folder / "samples" / name / f"tokens_v{version}.json").read_bytes())
-        assert ids == expected["tokens"], name
 
 
 @pytest.mark.parametrize("source", HOSTILE)
@@ -369,6 +265,32 @@ def test_a_template_can_refuse() -> None:
     with pytest.raises(InvalidField, match="Roles must alternate") as caught:
         template.render([USER])
     assert caught.value.field == "messages"
+
+
+def test_reasoning_has_every_name_that_templates_know() -> None:
+    """As in transformers: the first of the names that a message has counts."""
+    template = ChatTemplate("{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}")
+    assert template.render([{"reasoning": "a"}]) == "a|a"
+    assert template.render([{"thinking": "b", "reasoning": "a"}]) == "b|b"
+    assert template.render([{"reasoning_content": "c", "thinking": "b"}]) == "b|c"
+    assert template.render([{"reasoning_content": None, "reasoning": ""}]) == "|"
+    assert template.render([{"content": "x"}]) == "|"
+
+
+@pytest.mark.parametrize(
+    ("messages", "variables", "name"),
+    [
+        (["x"], {}, "messages"),
+        ({"role": "user"}, {}, "messages"),
+        ([], {"documents": ["x"]}, "documents"),
+        ([], {"documents": {"text": "x"}}, "documents"),
+    ],
+)
+def test_messages_and_documents_are_lists_of_objects(
+    messages: Any, variables: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(InvalidField, match=f"{name} should be a list of objects"):
+        ChatTemplate("x").render(messages, **variables)
 
 
 def test_only_data_enters_a_template(tmp_path: Path) -> None:

@@ -240,7 +240,8 @@ def test_chat_templates_are_found(tmp_path: Path, byte_level) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("D")
     templates = load_tokenizer(tmp_path / "tokenizer.json").chat_templates
-    assert templates == {"default": "C", "tool_use": "B", "rag": "D"}
+    assert templates == {"default": "C", "rag": "D"}
+    (tmp_path / "chat_template.jinja").unlink()
     config.write_text(json.dumps({"chat_template": [{"name": "default"}]}))
     with pytest.raises(ModelLoadError, match="chat_template"):
         load_tokenizer(tmp_path)

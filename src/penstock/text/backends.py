@@ -1,9 +1,10 @@
-"""The two tokenizer libraries behind one small Protocol.
+"""What a tokenizer needs of a library, and the `tokenizers` library behind it.
 
-Owns how a library spells a vocabulary piece as bytes and how it encodes plain text. Knows no
-configuration files, no beginning-of-sequence token and no streaming: those are `Tokenizer`'s.
-Invariant: the bytes of a piece do not depend on its neighbours, so that the text of a sequence is
-the concatenation of its pieces' bytes, less one leading space where `drops_leading_space`.
+Owns how that library spells a vocabulary piece as bytes and how it encodes plain text; the other
+library is in `penstock.text.sentencepiece_backend`. Knows no configuration files, no
+beginning-of-sequence token and no streaming: those are `Tokenizer`'s. Invariant: the bytes of a
+piece do not depend on its neighbours, so that the text of a sequence is the concatenation of its
+pieces' bytes, less one leading space where `drops_leading_space`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from penstock.errors import ModelLoadError, UnsupportedModel
+from penstock.errors import InvalidField, ModelLoadError, UnsupportedModel
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space
@@ -79,14 +81,59 @@ def encode_parts(backend: Backend, parts: Sequence[str]) -> list[int]:
     return ids
 
 
+@contextmanager
+def loading(path: Path, kind: str = "tokenizer file") -> Iterator[None]:
+    """Whatever a library has against a file becomes one sentence.
+
+    Raises:
+        ModelLoadError: the library refused the file, or gave up inside.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise ModelLoadError(f"`{path}` is no {kind}: {reason}.") from error
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Whatever a library has against a text becomes one sentence.
+
+    Raises:
+        InvalidField: the library refused the text, or gave up inside.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise InvalidField(
+            f"The tokenizer cannot encode the text: {reason}.", field="prompt"
+        ) from error
+
+
+def _is_failure(error: BaseException) -> bool:
+    """The libraries raise nothing narrower than Exception, and where their Rust code gives up,
+    something that is not even that."""
+    if isinstance(error, ModelLoadError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class HuggingFaceBackend:
-    """A `tokenizer.json`, run by the `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library.
 
-    def __init__(self, path: Path) -> None:
-        import tokenizers
+    Args:
+        path: the file it is made of, named in errors.
+        build: makes the library's object anew at each call.
+    """
 
+    def __init__(self, path: Path, build: Callable[[], Any]) -> None:
         self._path = path
-        self._load = tokenizers.Tokenizer.from_file
+        self._build = build
         self._library = self._open()
         self._added: dict[int, str] = {
             token_id: token.content
@@ -104,12 +151,11 @@ class HuggingFaceBackend:
         self.drops_leading_space = self._speller.drops_leading_space
 
     def _open(self) -> Any:
-        try:
-            library = self._load(str(self._path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ModelLoadError(f"`{self._path}` is no tokenizer file: {error}") from error
-        library.no_truncation()
-        library.no_padding()
+        with loading(self._path):
+            library = self._build()
+            library.no_truncation()
+            library.no_padding()
+            library.encode("", add_special_tokens=True)  # affixes can name what is not there
         return library
 
     @cached_property
@@ -156,7 +202,8 @@ class HuggingFaceBackend:
         return token_id
 
     def encode(self, text: str, *, with_affixes: bool) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=with_affixes).ids
+        with encoding():
+            ids: list[int] = self._library.encode(text, add_special_tokens=with_affixes).ids
         return ids
 
     def encode_plain(self, text: str, *, at_start: bool) -> list[int]:
@@ -167,7 +214,8 @@ class HuggingFaceBackend:
         texts = list(parts)
         texts[1::2] = [f"{_MARK}{part}{_MARK}" for part in parts[1::2]]
         library, true_ids = self._blind
-        ids: list[int] = library.encode("".join(texts), add_special_tokens=False).ids
+        with encoding():
+            ids: list[int] = library.encode("".join(texts), add_special_tokens=False).ids
         return [true_ids.get(token_id, token_id) for token_id in ids]
 
 
@@ -229,101 +277,4 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-class SentencePieceBackend:
-    """A SentencePiece model, with the tokens a Hugging Face configuration adds to it.
-
-    Args:
-        added: strings of the tokens that are not in the model, by id; special ones are split off
-            before the model sees a text, and so are the model's own control pieces.
-    """
-
-    # Appended to a serialized model, these bytes set normalizer_spec.add_dummy_prefix to false:
-    # protobuf merges repeated sub-messages, and the last value wins.
-    _NO_PREFIX = b"\x1a\x02\x18\x00"
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        added: Mapping[int, str],
-        special: Iterable[int],
-        add_bos: bool,
-        add_eos: bool,
-    ) -> None:
-        import sentencepiece
-
-        try:
-            proto = path.read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto + self._NO_PREFIX)
-        except (OSError, RuntimeError) as error:
-            raise ModelLoadError(f"`{path}` is no SentencePiece model: {error}") from error
-        size: int = self._model.vocab_size()
-        self._size = size
-        self._added = {token_id: text for token_id, text in added.items() if token_id >= size}
-        self._id_of = {text: token_id for token_id, text in self._added.items()}
-        own = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
-        self.special_ids = frozenset([*own, *(i for i in special if i in self._added)])
-        self.vocab_size = max([size - 1, *self._added]) + 1
-        self._cut = split_at([*self._id_of, *map(self._model.id_to_piece, own)])
-        self._cut_plain = split_at(
-            text for text, token_id in self._id_of.items() if token_id not in self.special_ids
-        )
-        self._prefix = [self._model.bos_id()] if add_bos and self._model.bos_id() >= 0 else []
-        self._suffix = [self._model.eos_id()] if add_eos and self._model.eos_id() >= 0 else []
-        first = self._model.encode("a", out_type=str)[0]
-        self.drops_leading_space = first.startswith(SPACE_PIECE)
-        named = {
-            "bos_token": self._model.bos_id(),
-            "eos_token": self._model.eos_id(),
-            "unk_token": self._model.unk_id(),
-            "pad_token": self._model.pad_id(),
-        }
-        self.named_tokens = {  # the model's own; -1 stands for none
-            name: self._model.id_to_piece(i) for name, i in named.items() if i >= 0
-        }
-
-    def piece(self, token_id: int) -> str | None:
-        if 0 <= token_id < self._size:
-            piece: str = self._model.id_to_piece(token_id)
-            return piece
-        return self._added.get(token_id)
-
-    def piece_bytes(self, token_id: int) -> bytes:
-        piece = self.piece(token_id)
-        if piece is None:
-            return b""
-        if token_id >= self._size or token_id in self.special_ids:
-            return piece.encode()
-        if self._model.is_byte(token_id):
-            return bytes.fromhex(piece[3:5])
-        return piece.replace(SPACE_PIECE, " ").encode()
-
-    def piece_id(self, piece: str) -> int | None:
-        if piece in self._id_of:
-            return self._id_of[piece]
-        token_id: int = self._model.piece_to_id(piece)
-        known = token_id != self._model.unk_id() or self._model.id_to_piece(token_id) == piece
-        return token_id if known else None
-
-    def encode(self, text: str, *, with_affixes: bool) -> list[int]:
-        ids = self._encode_parts(text, self._cut, at_start=True)
-        return [*self._prefix, *ids, *self._suffix] if with_affixes else ids
-
-    def encode_plain(self, text: str, *, at_start: bool) -> list[int]:
-        return self._encode_parts(text, self._cut_plain, at_start=at_start)
-
-    def _encode_parts(self, text: str, cut: re.Pattern[str] | None, *, at_start: bool) -> list[int]:
-        """Encode, each string of `cut` as its own id. Only a text's start gets the dummy space."""
-        ids: list[int] = []
-        for index, part in enumerate(cut.split(text) if cut is not None else [text]):
-            if index % 2:
-                token_id = self.piece_id(part)
-                assert token_id is not None
-                ids.append(token_id)
-            elif part:
-                model = self._model if at_start and index == 0 else self._bare
-                ids.extend(model.encode(part))
-        return ids
+BYTE_LETTERS = frozenset(_BYTE_OF)

@@ -20,8 +20,9 @@ from penstock.text.sandbox import SandboxEnvironment, render
 from penstock.text.tokenizer import Tokenizer
 
 MAX_SOURCE_CHARS = 256_000
+MAX_SOURCE_TOKENS = 20_000  # of Jinja, all sources together: six times the longest published
 MAX_CHARS = 4_000_000  # a million tokens
-MAX_S = 2.0
+MAX_S = 1.5
 
 # What Jinja and a template's own operators and methods raise.
 _RENDER_ERRORS = (
@@ -38,6 +39,7 @@ _RENDER_ERRORS = (
 
 _WORDS = ("messages", "tools", "documents")  # variables that hold more than labels
 _LABELS = ("role", "type")  # keys in them
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first that a message has counts
 _Clean = Callable[[str, bool], str]  # of a text, and whether it is a label: `Tokenizer.guard`
 
 
@@ -67,6 +69,7 @@ class ChatTemplate:
             raise ModelLoadError(
                 f"None of the chat templates `{sorted(sources)}` is named `default`."
             )
+        _check_sources(sources)
         self._templates = {name: _compile(name, text) for name, text in sources.items()}
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
@@ -129,7 +132,8 @@ class ChatTemplate:
         chosen = "tool_use" if variables["tools"] and "tool_use" in self._templates else "default"
         try:
             plain = {name: _plain(v, clean, name not in _WORDS) for name, v in variables.items()}
-            plain["messages"] = _plain(messages, clean)
+            plain["messages"] = _messages(_plain(messages, clean))
+            _objects("documents", plain["documents"])
             plain["add_generation_prompt"] = add_generation_prompt
             meter = Meter(self._max_chars, self._max_s)
             return render(self._templates[chosen], {**self._special_tokens, **plain}, meter)
@@ -144,12 +148,28 @@ def _environment() -> SandboxEnvironment:
     return SandboxEnvironment()
 
 
+def _check_sources(sources: Mapping[str, str]) -> None:
+    """Refuse what takes long to compile: that costs more than linear time."""
+    num_tokens = 0
+    for name, source in sources.items():
+        if len(source) > MAX_SOURCE_CHARS:
+            raise ModelLoadError(
+                f"The chat template `{name}` has `{len(source)}` characters, "
+                f"more than `{MAX_SOURCE_CHARS}`."
+            )
+        try:
+            for _ in _environment().lexer.tokeniter(source, None):
+                num_tokens += 1
+                if num_tokens > MAX_SOURCE_TOKENS:
+                    raise ModelLoadError(
+                        f"The chat template `{name}` has more than `{MAX_SOURCE_TOKENS}` words "
+                        "and signs of Jinja."
+                    )
+        except (TemplateError, ValueError):
+            continue  # `_compile` says what and where
+
+
 def _compile(name: str, source: str) -> Any:
-    if len(source) > MAX_SOURCE_CHARS:
-        raise ModelLoadError(
-            f"The chat template `{name}` has `{len(source)}` characters, "
-            f"more than `{MAX_SOURCE_CHARS}`."
-        )
     try:
         return _environment().from_string(source)
     except (TemplateError, MemoryError, RecursionError, SyntaxError, ValueError) as error:
@@ -163,6 +183,25 @@ def _compile(name: str, source: str) -> Any:
 def _reason(error: BaseException) -> str:
     text = str(error).strip().rstrip(".") or type(error).__name__
     return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def _objects(name: str, value: Any) -> Sequence[dict[Any, Any]]:
+    if not isinstance(value, (list, type(None))) or not all(
+        isinstance(item, dict) for item in value or ()
+    ):
+        raise TypeError(f"{name} should be a list of objects")
+    return value or ()
+
+
+def _messages(messages: Any) -> list[dict[Any, Any]]:
+    """Reasoning under all the names that templates read it by, as in transformers."""
+    named: list[dict[Any, Any]] = []
+    for message in _objects("messages", messages):
+        given = [message[name] for name in _REASONING if message.get(name) is not None]
+        if given:
+            message = {"thinking": given[0], **message, "reasoning_content": given[0]}
+        named.append(message)
+    return named
 
 
 def _unchanged(text: str, label: bool) -> str:

@@ -7,25 +7,24 @@ U+FFFD. `Detokenizer` computes the same piecemeal. Imports its libraries only wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from penstock.errors import ModelLoadError
-from penstock.text.backends import (
-    Backend,
-    HuggingFaceBackend,
-    SentencePieceBackend,
-    encode_parts,
-    split_at,
+from penstock.errors import ModelLoadError, UnsupportedModel
+from penstock.text.backends import Backend, encode_parts, split_at
+from penstock.text.directory import MAX_TOKEN_CHARS, read_settings
+from penstock.text.huggingface import (
+    END_OF_TEXT,
+    GPT2_CLASSES,
+    VOCABULARY,
+    from_tokenizer_json,
+    from_vocabulary,
 )
+from penstock.text.sentencepiece_backend import SentencePieceBackend
 
-_NAMED_TOKENS = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
+_MAX_SPECIAL_SQUARES = 20_000_000  # memory of all their parts; 6,000 of 15 characters have 1.4e6
 _VERSION = re.compile(r"\.v(\d+)")
 # The last variation selector, which no character uses. It is no space, has no case, and counts as
 # printable, so that templates take it for an ordinary part of a word.
@@ -61,8 +60,13 @@ class Tokenizer:
         named = (backend.piece_id(text) for text in self.special_tokens.values())
         self.special_ids = backend.special_ids | {i for i in named if i is not None}
         self._bytes: dict[int, bytes] = {}
-        specials = (self.token_bytes(token_id).decode() for token_id in self.special_ids)
-        strings = frozenset(text for text in specials if text)
+        strings = frozenset(text for i in self.special_ids if (text := self.token_text(i)))
+        longest = max(map(len, strings), default=0)
+        if longest > MAX_TOKEN_CHARS or sum(len(s) ** 2 for s in strings) > _MAX_SPECIAL_SQUARES:
+            raise ModelLoadError(
+                f"its `{len(strings)}` special tokens, of up to `{longest}` characters, are too "
+                "many or too long."
+            )
         self._special = split_at(strings)
         self._special_prefixes = tuple({s[:end] for s in strings for end in range(1, len(s))})
         self._special_suffixes = frozenset(s[i:] for s in strings for i in range(1, len(s)))
@@ -157,26 +161,42 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a model directory, or one tokenizer file with what lies beside it.
 
-    `tokenizer.json` is taken first, then `tokenizer.model`, then the newest `*.model.v*`.
+    `tokenizer.json` is taken first, then `tokenizer.model`, then the newest `*.model.v*`, then
+    GPT-2's `vocab.json` with `merges.txt`.
 
     Raises:
         ModelLoadError: no tokenizer is there, or a file is broken.
-        UnsupportedModel: a tokenizer.json decodes in a way that cannot be streamed.
+        UnsupportedModel: a tokenizer.json decodes in a way that cannot be streamed, or a vocabulary
+            is of a kind that is not known.
     """
     path = Path(path)
-    directory = path if path.is_dir() else path.parent
+    settings = read_settings(path if path.is_dir() else path.parent)
     file = _find_file(path)
-    config = _read_json(directory / "tokenizer_config.json")
-    special = _special_tokens(config, _read_json(directory / "special_tokens_map.json"))
+    named = settings.named
     backend: Backend
-    if file.suffix == ".json":
-        backend = HuggingFaceBackend(file)
+    if file.name == VOCABULARY or settings.tokenizer_class in GPT2_CLASSES:
+        names = (f"{name}_token" for name in ("bos", "eos", "unk"))
+        own = {name: END_OF_TEXT for name in names if name not in settings.unnamed}
+        named = own | named
+        settings = settings._replace(named=named, special=[*settings.special, *named.values()])
+    if file.name == VOCABULARY:
+        backend = from_vocabulary(file, settings)
+    elif file.suffix == ".json":
+        backend = from_tokenizer_json(file, settings)
     else:
-        backend = _sentencepiece(file, config)
-        special = {**backend.named_tokens, **special}
-    return Tokenizer(
-        backend, special_tokens=special, chat_templates=_chat_templates(directory, config)
-    )
+        backend = SentencePieceBackend(
+            file,
+            added={token_id: token.content for token_id, token in settings.added.items()},
+            special=[token_id for token_id, token in settings.added.items() if token.special],
+            named=settings.special,
+            add_bos=settings.add_bos is not False,
+            add_eos=bool(settings.add_eos),
+        )
+        named = {**backend.named_tokens, **named}
+    try:
+        return Tokenizer(backend, special_tokens=named, chat_templates=settings.chat_templates)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"`{file}` cannot be used: {error.message}") from error
 
 
 def _find_file(path: Path) -> Path:
@@ -186,81 +206,20 @@ def _find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     versions = [f for f in path.glob("*.model.v*") if _VERSION.match(f.suffix)]
-    if not versions:
-        raise ModelLoadError(
-            f"`{path}` holds no tokenizer.",
-            hint="wanted is `tokenizer.json`, `tokenizer.model` or `*.model.v*`.",
+    if versions:
+        return max(versions, key=lambda file: (int(_VERSION.findall(file.suffix)[0]), file.name))
+    if (path / VOCABULARY).is_file():
+        return path / VOCABULARY
+    if (path / "tekken.json").is_file():
+        raise UnsupportedModel(
+            f"The only tokenizer in `{path}` is `tekken.json`, which is not read.",
+            hint="put the `tokenizer.json` of the same model beside it.",
         )
-    return max(versions, key=lambda file: (int(_VERSION.findall(file.suffix)[0]), file.name))
-
-
-def _sentencepiece(file: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
-    added = config.get("added_tokens_decoder") or {}
-    try:
-        texts = {int(token_id): str(token["content"]) for token_id, token in added.items()}
-        special = [int(token_id) for token_id, token in added.items() if token.get("special")]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelLoadError(
-            f"`added_tokens_decoder` beside `{file}` cannot be read: {error!r}."
-        ) from error
-    return SentencePieceBackend(
-        file,
-        added=texts,
-        special=special,
-        add_bos=bool(config.get("add_bos_token", True)),
-        add_eos=bool(config.get("add_eos_token", False)),
+    raise ModelLoadError(
+        f"`{path}` holds no tokenizer.",
+        hint="wanted is `tokenizer.json`, `tokenizer.model`, `*.model.v*`, or `vocab.json` with "
+        "`merges.txt`.",
     )
-
-
-def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens; an earlier source wins."""
-    found: dict[str, str] = {}
-    for source in sources:
-        for name in _NAMED_TOKENS:
-            value = source.get(name)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and text:
-                found.setdefault(name, text)
-    return found
-
-
-def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """All template sources of a directory; files win over the configuration."""
-    templates: dict[str, str] = {}
-    match config.get("chat_template"):
-        case str(source):
-            templates["default"] = source
-        case list(entries):
-            for entry in entries:
-                match entry:
-                    case {"name": str(name), "template": str(source)}:
-                        templates[name] = source
-                    case _:
-                        raise ModelLoadError(
-                            f"`chat_template` in `{directory / 'tokenizer_config.json'}` has an "
-                            "entry without `name` and `template`."
-                        )
-    files = {"default": directory / "chat_template.jinja"}
-    files |= {f.stem: f for f in sorted(directory.glob("additional_chat_templates/*.jinja"))}
-    for name, file in files.items():
-        if file.is_file():
-            try:
-                templates[name] = file.read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelLoadError(f"`{file}` cannot be read: {error}.") from error
-    return templates
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"`{file}` is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"`{file}` holds no JSON object.")
-    return value
 
 
 def _broken(match: re.Match[str]) -> str:
