@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -27,14 +29,35 @@ def test_capture_is_json_and_says_what_matters() -> None:
 def test_busy_processes_are_seen_by_name(tmp_path: Path) -> None:
     busy = tmp_path / "busybody"
     busy.symlink_to("/bin/sh")
-    with subprocess.Popen([busy, "-c", "while :; do :; done", "a secret"]) as process:
-        try:
-            found = environment.capture(interval_s=0.3)["load"]
-        finally:
-            process.kill()
+    # A shell that ends leaves it behind: the children of who measures are no others.
+    starts = f"{busy} -c 'while :; do :; done' 'a secret' >&- 2>&- & echo $!"
+    done = subprocess.run(["sh", "-c", starts], capture_output=True, text=True, timeout=10)
+    try:
+        found = environment.capture(interval_s=0.3)["load"]
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
     assert found["num_busy_processes"] >= 1
     assert found["busy_cores"] > 0
     assert "a secret" not in json.dumps(found)
+
+
+def test_an_engine_that_was_started_here_is_no_other() -> None:
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as process:
+        try:
+            before = environment._load(0.2)
+        finally:
+            process.kill()
+    assert "sh" not in {one["name"] for one in before.get("busiest", [])}
+
+
+def test_a_busy_machine_is_told() -> None:
+    busiest = [{"name": "cc1", "cores": 0.31}]
+    told = environment.busy_note({"load": {"busy_cores": 0.31, "busiest": busiest}})
+    assert told is not None
+    assert "other processes used 0.31 cores (cc1 0.31)" in told
+    assert environment.busy_note({"load": {"busy_cores": 0.2, "busiest": busiest}}) is None
+    assert environment.busy_note({"load": {}}) is None
+    assert environment.busy_note({}) is None
 
 
 @pytest.mark.parametrize(
@@ -91,6 +114,17 @@ def test_a_changed_file_is_hashed_anew(tmp_path: Path, cache_dir: Path) -> None:
     assert environment.hash_file(path) == after
 
 
+def test_a_time_that_was_put_back_hides_no_change(tmp_path: Path, cache_dir: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * 2**21)
+    os.utime(path, ns=(1, 2**40))
+    before = environment.hash_file(path)
+    time.sleep(0.02)  # a change in the same tick of the file system's clock has the same time
+    path.write_bytes(b"b" * 2**21)
+    os.utime(path, ns=(1, 2**40))
+    assert environment.hash_file(path) != before
+
+
 def test_hash_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two").write_text("2")
@@ -117,3 +151,17 @@ def test_hash_of_texts_knows_where_one_ends() -> None:
     assert environment.hash_texts(["ab", "c"]) != environment.hash_texts(["a", "bc"])
     assert environment.hash_texts(["ab"]) != environment.hash_texts(["ab", ""])
     assert environment.hash_texts(iter(["\ud800"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--password=hunter2,and;more", "--password=***"),
+        ("postgresql://me:hun/ter2@host/x", "postgresql://***@host/x"),
+        ("--database=postgresql://me:hunt@er2@host/x", "--database=postgresql://***@host/x"),
+        ("http://host/v1?sig=hunter2&version=1", "http://host/v1?sig=***&version=1"),
+        ("http://host/v1/@cf/model", "http://host/v1/@cf/model"),
+    ],
+)
+def test_secrets_with_odd_characters_are_hidden(word: str, told: str) -> None:
+    assert environment.redact([word]) == [told]

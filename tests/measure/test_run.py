@@ -131,7 +131,7 @@ def test_one_directory_holds_one_run(tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="holds a run already"):
         Writer(header(), tmp_path)
-    with pytest.raises(ConfigError, match=r"no run: it has no `run\.json`"):
+    with pytest.raises(ConfigError, match=r"has no `run\.json`: it is no run"):
         Run(tmp_path / "nothing")
 
 
@@ -151,3 +151,46 @@ def test_quantiles_are_those_of_numpy(values: list[float], q: float) -> None:
     assert metrics.quantile(values, q) == pytest.approx(
         numpy.quantile(values, q), rel=1e-9, abs=1e-6
     )
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from penstock.measure.records import Header, Request
+from penstock.measure.run import RECORDS, Writer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+with Writer(Header(run_id="r", kind="bench", started_at="", version=""), path) as writer:
+    writer.add(Request(prompt_id="first"))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((path / RECORDS).stat().st_size + 20, hard))
+    try:
+        writer.add(Request(prompt_id="second" * 9))
+    except OSError:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        writer.add(Request(prompt_id="third"))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=True, timeout=60)
+    assert [row.prompt_id for row in Run(tmp_path / "run").requests] == ["first", "third"]
+
+
+def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    header = Header(run_id="r", kind="eval", started_at="", version="")
+    with Writer(header, tmp_path / "run") as writer:
+        row = Request(scores={"nan": float("nan"), "good": 0.5})
+        writer.add(row)
+        writer.add(Sample(t_ns=1, source="s", values={"inf": float("inf"), "good": 1.0}))
+    assert len(row.scores) == 2  # the caller's row stays as it is
+    first, second = Run(tmp_path / "run").records
+    assert isinstance(first, Request)
+    assert isinstance(second, Sample)
+    assert first.scores == {"good": 0.5}
+    assert second.values == {"good": 1.0}
+
+
+def test_an_answer_in_one_piece_has_no_time_between_tokens() -> None:
+    row = Request(n_out=20, count_source="usage", t_sent_ns=0, t_first_ns=5, t_last_ns=5)
+    assert metrics.tpot_s(row) is None
+    row.t_last_ns = 5 + 19 * 10**9
+    assert metrics.tpot_s(row) == pytest.approx(1)

@@ -1,7 +1,8 @@
 """The `penstock` command. Commands are named here and imported only when they run.
 
 Results go to stdout, everything else to stderr. An error of ours is one sentence and a hint, and
-exit status 1; a wrong option is exit status 2; Ctrl-C is 130.
+exit status 1; a wrong option is exit status 2; Ctrl-C is 130. Commands that measure have more, see
+`penstock.cli.runs`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main() -> None:
 def _run() -> int:
     try:
         try:
-            status = cli.main(standalone_mode=False)
+            status = cli.main(standalone_mode=False, prog_name="penstock")
         except ModuleNotFoundError as error:
             raise explain(error) from None
     except click.ClickException as error:

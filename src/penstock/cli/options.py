@@ -1,8 +1,8 @@
 """Command-line options made from the fields of a settings dataclass, so that each is said once.
 
-A field becomes `--its-name` (or `metadata["flag"]`), may be set by `PENSTOCK_ITS_NAME`, and shows
-`metadata["help"]` and its default; one with `metadata["hidden"]` is not an option. Bytes take
-units: `512MiB`, `4GiB`.
+A field becomes `--its-name` (or `metadata["flag"]`) and shows `metadata["help"]` and its default;
+`PENSTOCK_ITS_NAME` sets it, unless the command takes nothing from there; one with
+`metadata["hidden"]` is not an option. Bytes take units: `512MiB`, `4GiB`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic only in newer
 
 
 def options_of(
-    settings: type, *, skip: frozenset[str] = frozenset()
+    settings: type, *, skip: frozenset[str] = frozenset(), from_environment: bool = True
 ) -> Callable[[Command], Command]:
-    """A decorator that gives a command one option for each field of a dataclass."""
+    """A decorator that gives a command one option for each field of a dataclass.
+
+    Args:
+        from_environment: whether `PENSTOCK_ITS_NAME` sets an option.
+    """
     hints = get_type_hints(settings)
 
     def decorate(command: Command) -> Command:
         for field in reversed(dataclasses.fields(settings)):
             if field.name not in skip and not field.metadata.get("hidden"):
-                command = _option(field, hints[field.name])(command)
+                command = _option(field, hints[field.name], from_environment)(command)
         return command
 
     return decorate
@@ -58,7 +62,9 @@ def build(settings: type[Settings], values: dict[str, Any], **fixed: Any) -> Set
     return settings(**chosen, **fixed)
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
+def _option(
+    field: dataclasses.Field[Any], hint: Any, from_environment: bool
+) -> Callable[[Command], Command]:
     flag = field.metadata.get("flag") or "--" + field.name.replace("_", "-")
     default = field.default
     if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
@@ -72,7 +78,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
         multiple=many,
         default=default,
         show_default=default not in (None, (), ""),
-        envvar=_envvar(field.name),
+        envvar=_envvar(field.name) if from_environment else None,
         help=field.metadata.get("help"),
     )
 

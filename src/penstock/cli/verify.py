@@ -1,6 +1,7 @@
 """`penstock verify`: compute every figure of a run again from its raw records.
 
-Exit status 0: all is equal; 1: something differs, or the run was not finished.
+Exit status 0: all is equal; 1: a file is damaged; 3: the run was not finished, or is not valid;
+4: something differs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 from typing import TYPE_CHECKING
 
 import click
+
+from penstock.cli import runs
 
 if TYPE_CHECKING:
     from penstock.measure.verify import Verification
@@ -23,7 +26,11 @@ _MOST = 20
 def command(run: str, finish: bool, as_json: bool) -> int:
     """Compute every figure of a run again from its raw records, and compare.
 
-    RUN is a run's directory, its id, or a part of the id that no other has.
+    RUN is a run's directory (wherever it was written with --output), its id, or a part of the id
+    that no other in PENSTOCK_RUNS has.
+
+    Exit status: 0 all is equal; 1 a file is damaged; 3 the run was not finished, or it is not
+    valid; 4 something differs.
     """
     import msgspec
 
@@ -36,7 +43,9 @@ def command(run: str, finish: bool, as_json: bool) -> int:
     else:
         for line in _lines(found):
             click.echo(line)
-    return 0 if found.ok else 1
+    if found.finished and not found.ok:
+        return runs.BAD
+    return runs.NOT_VALID if found.problems or not found.finished else runs.OK
 
 
 def _lines(found: Verification) -> list[str]:
@@ -64,6 +73,9 @@ def _lines(found: Verification) -> list[str]:
         told.append(
             f"  version   measured with {found.version}, computed with {found.version_here}"
         )
+    told += [f"  NOT VALID: {problem}" for problem in found.problems]
+    if found.ok and found.problems:
+        return [*told, "verified: the figures follow from the records; the run is not valid"]
     return [*told, "verified" if found.ok else "NOT verified"]
 
 

@@ -13,7 +13,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +40,8 @@ PACKAGES: Final = (
     "vllm",
 )
 HIDDEN: Final = "***"
-_BUSY_CORES: Final = 0.05
+_BUSY_CORES: Final = 0.05  # of one process, to be named
+_DISTURBING_CORES: Final = 0.25  # of all others together, to be told
 _CACHED_FROM_BYTES: Final = 2**20
 _SECRET_WORDS: Final = re.compile(
     r"key|secret|passw|credential|bearer|authorization|signature", re.I
@@ -68,6 +69,25 @@ def capture(*, interval_s: float = 0.1) -> dict[str, Any]:
         "packages": _packages(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def busy_note(environment: Mapping[str, Any]) -> str | None:
+    """What to know of a machine that others used when a run began; None: it was quiet.
+
+    Args:
+        environment: as `capture` made it, from a run's header.
+    """
+    load = environment.get("load")
+    cores = load.get("busy_cores", 0.0) if isinstance(load, Mapping) else 0.0
+    if not isinstance(load, Mapping) or cores < _DISTURBING_CORES:
+        return None
+    names = ", ".join(f"{one['name']} {one['cores']:.2g}" for one in load.get("busiest", []))
+    of = environment.get("cpu", {}).get("num_usable_cores")
+    return (
+        f"The machine was busy when the run began: other processes used {cores:.2g} "
+        f"{f'of {of} cores' if of else 'cores'} ({names}). Times may be longer, and differ more, "
+        "than on a quiet one."
+    )
 
 
 def redact(argv: Sequence[str]) -> list[str]:
@@ -135,7 +155,9 @@ def hash_file(path: Path) -> str:
         if told.st_size < _CACHED_FROM_BYTES:
             return hashlib.sha256(path.read_bytes()).hexdigest()
         known = _remembered(path)
-        stamp = [str(path.resolve()), told.st_size, told.st_mtime_ns, told.st_ino]
+        # The time of the last change cannot be put back, as that of the last writing can.
+        times = [told.st_mtime_ns, told.st_ctime_ns]
+        stamp = [str(path.resolve()), told.st_size, *times, told.st_ino]
         if known is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 entry = json.loads(known.read_bytes())
@@ -231,7 +253,9 @@ def _load(interval_s: float) -> dict[str, Any]:
     """What else the machine does: of processes only names, never their arguments."""
     from psutil import Process, process_iter
 
-    own = {os.getpid(), *(parent.pid for parent in Process().parents())}
+    this = Process()
+    relatives = [*this.parents(), *this.children(recursive=True)]  # an engine started here too
+    own = {this.pid, *(relative.pid for relative in relatives)}
 
     def used() -> dict[int, tuple[str, float]]:
         found = {}

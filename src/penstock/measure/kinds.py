@@ -53,7 +53,11 @@ def compute(header: Header, records: Sequence[Record]) -> tuple[dict[str, Any], 
 
 
 def finish(path: Path) -> Figures:
-    """Compute the figures of a run's directory, and write them and the page."""
+    """Compute the figures of a run's directory, and write them and the page.
+
+    Raises:
+        ConfigError: it is no run, is damaged, or cannot be written.
+    """
     run = Run(path)
     figures, problems = compute(run.header, run.records)
     made = Figures(
@@ -64,7 +68,10 @@ def finish(path: Path) -> Figures:
         problems=problems,
         figures=figures,
     )
-    (path / FIGURES).write_bytes(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
-    page = import_module(_kind(run.header).page).page(run.header, figures, run.records)
-    (path / PAGE).write_text(page, encoding="utf-8")
+    try:
+        (path / FIGURES).write_bytes(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+        page = import_module(_kind(run.header).page).page(run.header, figures, run.records)
+        (path / PAGE).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"`{path}` cannot be written: {error.strerror}.") from None
     return made

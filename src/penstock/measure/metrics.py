@@ -21,6 +21,17 @@ FORMULAS = {
     "e2e_from_due_s": "t_done - t_due: what a user waits",
     "chunk_gap_s": "time between chunks of an answer; not a time between tokens",
 }
+# The same in words: a table shows these, with the name where programs look for it.
+TITLES = {
+    "queue_s": "sent late, by the client",
+    "ttft_s": "time to first token",
+    "ttft_visible_s": "time to first visible token",
+    "ttft_from_due_s": "time to first token, from due",
+    "tpot_s": "time per output token",
+    "e2e_s": "end to end",
+    "e2e_from_due_s": "end to end, from due",
+    "chunk_gap_s": "gap between chunks",
+}
 NS = 1e-9
 
 

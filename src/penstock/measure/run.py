@@ -26,6 +26,8 @@ from penstock.measure import environment
 from penstock.measure.records import Arm, Clock, Header, Mark, Record, Request, Sample
 
 HEADER, RECORDS, FIGURES, PAGE = "run.json", "records.jsonl", "figures.json", "report.html"
+# What a damaged file gives a decoder. A text that is no UTF-8 is no error of msgspec.
+DAMAGE = (msgspec.MsgspecError, UnicodeError, RecursionError)
 _decode = msgspec.json.Decoder(Record).decode
 _encoder = msgspec.json.Encoder()
 
@@ -152,11 +154,13 @@ class Run:
         self.path = path
         try:
             self.header = msgspec.json.decode((path / HEADER).read_bytes(), type=Header)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
-                f"`{path}` is no run: it has no `{HEADER}`.", hint="`penstock results` lists runs"
+                f"`{path}` has no `{HEADER}`: it is no run.", hint="`penstock results` lists runs"
             ) from None
-        except msgspec.MsgspecError as error:
+        except OSError as error:
+            raise ConfigError(f"`{path / HEADER}` cannot be read: {error.strerror}.") from None
+        except DAMAGE as error:
             raise ConfigError(f"`{path / HEADER}` is damaged: {error}.") from None
         self.records = list(self._read())
 
@@ -165,12 +169,16 @@ class Run:
             data = (self.path / RECORDS).read_bytes()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise ConfigError(
+                f"`{self.path / RECORDS}` cannot be read: {error.strerror}."
+            ) from None
         lines = data.split(b"\n")
         lines.pop()  # empty, or cut off
         for number, line in enumerate(lines, start=1):
             try:
                 yield _decode(line)
-            except msgspec.MsgspecError as error:
+            except DAMAGE as error:
                 raise ConfigError(
                     f"Line `{number}` of `{self.path / RECORDS}` is damaged: {error}."
                 ) from None
@@ -193,10 +201,20 @@ class Run:
             return hashlib.sha256(b"").hexdigest()
 
     def figures(self) -> Figures | None:
-        """What was computed when the run ended; None if it did not come to that."""
+        """What was computed when the run ended; None if it did not come to that.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
         try:
-            return msgspec.json.decode((self.path / FIGURES).read_bytes(), type=Figures)
+            # All of it is read: what no field is made of may be damaged, too.
+            found = msgspec.json.decode((self.path / FIGURES).read_bytes())
+            return msgspec.convert(found, Figures)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError as error:
+        except OSError as error:
+            raise ConfigError(
+                f"`{self.path / FIGURES}` cannot be read: {error.strerror}."
+            ) from None
+        except DAMAGE as error:
             raise ConfigError(f"`{self.path / FIGURES}` is damaged: {error}.") from None

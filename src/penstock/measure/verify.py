@@ -18,10 +18,11 @@ from penstock import __version__
 from penstock.errors import ConfigError
 from penstock.measure import kinds
 from penstock.measure.environment import hash_directory, hash_file
-from penstock.measure.run import HEADER, PAGE, RECORDS, Figures, Run
+from penstock.measure.run import FIGURES, HEADER, PAGE, RECORDS, Figures, Run
 
 FileState = Literal["unchanged", "changed", "not here"]
 PageState = Literal["equal", "differs", "not here"]
+_HASHES = ("records_sha256", "header_sha256")  # of `Figures`: compared with the files themselves
 
 
 class Mismatch(msgspec.Struct, kw_only=True):
@@ -45,6 +46,7 @@ class Verification(msgspec.Struct, kw_only=True):
     header_unchanged: bool | None = None
     num_values: int = 0  # compared
     mismatches: list[Mismatch] = []
+    problems: list[str] = []  # why the run is not valid, which it may be and yet be verified
     page: PageState = "not here"
     files: dict[str, FileState] = {}  # of the header's hashes, by what they are of
     version: str = ""  # of penstock that measured
@@ -55,7 +57,7 @@ class Verification(msgspec.Struct, kw_only=True):
     def ok(self) -> bool:
         """Whether nothing contradicts the run; a file that changed since does not."""
         page = self.page != "differs" or self.version != self.version_here
-        same = bool(self.records_unchanged) and self.header_unchanged is not False
+        same = bool(self.records_unchanged and self.header_unchanged)
         return self.finished and same and not self.mismatches and page
 
 
@@ -67,13 +69,13 @@ def verify(path: Path, *, finish: bool = False) -> Verification:
         finish: compute figures and page first where a run came to no end.
 
     Raises:
-        ConfigError: it is no run, or a line of its records is damaged.
+        ConfigError: it is no run, a file of it is damaged, or its records give no figures.
     """
     run = Run(path)
     stored = run.figures()
     notes = [*_cut_off(path)]
     if stored is None and finish:
-        stored = kinds.finish(path)
+        stored = _finish(path)
         notes.append("The figures were computed now: the run had not come to its end.")
     found = Verification(
         run_id=run.header.run_id,
@@ -92,18 +94,42 @@ def verify(path: Path, *, finish: bool = False) -> Verification:
         return found
     found.records_unchanged = stored.records_sha256 == run.records_sha256
     found.header_unchanged = _header_unchanged(path, stored)
-    figures, problems = kinds.compute(run.header, run.records)
-    expected = {
-        "kind": run.header.kind,
-        "num_records": len(run.records),
-        "problems": problems,
-        "figures": figures,
-    }
-    told = {name: value for name, value in msgspec.to_builtins(stored).items() if name in expected}
-    found.num_values = sum(1 for _ in _leaves(told))
-    found.mismatches = list(compare(told, expected))
-    found.page = _page(run, figures)
+    found.problems = stored.problems
+    _recompute(found, run)
     return found
+
+
+def _finish(path: Path) -> Figures:
+    try:
+        return kinds.finish(path)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever records that were cut short lead to
+        raise ConfigError(
+            f"No figures follow from the records of `{path}` ({type(error).__name__}: {error})."
+        ) from None
+
+
+def _recompute(found: Verification, run: Run) -> None:
+    """Compare the figures and the page with what the records give, if they still give anything."""
+    told = msgspec.json.decode((run.path / FIGURES).read_bytes())
+    told = {name: value for name, value in told.items() if name not in _HASHES}
+    found.num_values = sum(1 for _ in _leaves(told))
+    try:
+        figures, problems = kinds.compute(run.header, run.records)
+        expected = {
+            "kind": run.header.kind,
+            "num_records": len(run.records),
+            "problems": problems,
+            "figures": figures,
+        }
+        found.mismatches = list(compare(told, expected))
+        found.page = _page(run, figures)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever records that were changed lead to
+        why = f"not computed: {type(error).__name__}: {error}"
+        found.mismatches = [Mismatch(path="figures", stored=told["figures"], recomputed=why)]
 
 
 def compare(stored: Any, recomputed: Any, path: str = "") -> Iterator[Mismatch]:
@@ -123,7 +149,7 @@ def compare(stored: Any, recomputed: Any, path: str = "") -> Iterator[Mismatch]:
             yield _lone(f"{path}[{index}]", value, None, True)
         for index, value in enumerate(recomputed[common:], start=common):
             yield _lone(f"{path}[{index}]", None, value, False)
-    elif type(stored) is not type(recomputed) or stored != recomputed:
+    elif repr(stored) != repr(recomputed):  # 1 and 1.0, 0.0 and -0.0 are not the same
         yield Mismatch(path=path, stored=stored, recomputed=recomputed)
 
 
@@ -158,20 +184,20 @@ def _cut_off(path: Path) -> Iterator[str]:
         yield f"The last line of `{RECORDS}` is cut off; it is not counted."
 
 
-def _header_unchanged(path: Path, stored: Figures) -> bool | None:
-    """Whether the header is the one that was there at the end; None: nobody wrote that down."""
-    if not stored.header_sha256:
-        return None
+def _header_unchanged(path: Path, stored: Figures) -> bool:
+    """Whether the header is the one that was there at the end."""
     return hashlib.sha256((path / HEADER).read_bytes()).hexdigest() == stored.header_sha256
 
 
 def _page(run: Run, figures: dict[str, Any]) -> PageState:
     try:
-        stored = (run.path / PAGE).read_text(encoding="utf-8")
+        stored = (run.path / PAGE).read_bytes()
     except FileNotFoundError:
         return "not here"
+    except OSError as error:
+        raise ConfigError(f"`{run.path / PAGE}` cannot be read: {error.strerror}.") from None
     made = import_module(kinds.KINDS[run.header.kind].page).page(run.header, figures, run.records)
-    return "equal" if made == stored else "differs"
+    return "equal" if made.encode() == stored else "differs"
 
 
 def _files(run: Run) -> dict[str, FileState]:

@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from penstock.measure.report import page, plots, tables
 from penstock.measure.report.axes import Axis
 from penstock.measure.report.html import Html, element, escape
 from penstock.measure.report.plots import Bar, Effect, Point, Series
+from penstock.measure.report.style import STYLE
 
 HOSTILE = (
     "</title></script><script>alert('x')</script><img src=x onerror=\"a\">&amp;\x00\u202e\ud800"
@@ -207,6 +209,14 @@ def axis_of(root: ET.Element) -> Callable[[float], float]:
     return lambda x: v1 + (x - x1) * (v2 - v1) / (x2 - x1)
 
 
+def test_a_thinned_curve_keeps_its_upper_tail_and_is_on_the_whole_one() -> None:
+    corners = plots._curve([float(value) for value in range(100_000)])
+    assert len(corners) < 1000
+    assert corners[0] == (0.0, 0.0)
+    assert [x for x, _ in corners[-50:]] == [float(value) for value in range(99_950, 100_000)]
+    assert all(y == (x + 1) / 100_000 for x, y in corners[1:])
+
+
 def test_ecdf_is_where_its_axis_says() -> None:
     root = svg(plots.ecdf({"": [0.010, 0.020, 0.020, 0.040]}, S, title="t"))
     value = axis_of(root)
@@ -327,6 +337,36 @@ def test_tables() -> None:
     assert told == ["2.50 s", "100 µs"], "one unit would be no help"
     with pytest.raises(ValueError, match="2 cells"):
         tables.table(["a", "b"], [["only one"]])
+
+
+def test_units_of_a_table_stand_in_heads_or_in_cells() -> None:
+    p50, p99 = tables.Column("p50", "s"), tables.Column("p99", "s")
+    share = tables.Column("share", "%")
+
+    def texts(rows: list[list[Any]]) -> list[str]:
+        root = ET.fromstring(tables.table(["arm", p50, p99, share], rows))
+        return ["".join(cell.itertext()) for tag in ("th", "td") for cell in root.iter(tag)]
+
+    alike = texts([["a", 0.0405, 0.06, 0.5]])
+    assert alike == ["arm", "p50 (ms)", "p99 (ms)", "share (%)", "a", "40.5", "60.0", "50.0"]
+    apart = texts([["a", 0.0405, 0.06, 0.5], ["b", 0.041, 90.0, 1.0]])
+    assert apart[:4] == ["arm", "p50", "p99", "share (%)"]
+    assert apart[6:9] == ["40.5 ms", "60.0 ms", "50.0"]
+
+
+def test_a_wide_table_scrolls_on_screen_and_wraps_on_paper() -> None:
+    screen, paper = STYLE.split("@media print")
+    assert ".scroll { overflow-x: auto; max-width: 100%;" in screen
+    for rule in (
+        "@page { size: A4;",
+        "table.wide { font-size:",
+        "thead th, th.number, td.number, .pairs th { white-space: normal; }",
+        "thead th, tbody th, td.text, .pairs th, .pairs td { overflow-wrap: anywhere; }",
+    ):
+        assert rule in paper
+    wide = tables.table([f"c{at}" for at in range(12)], [list(range(12))])
+    assert '<table class="wide">' in wide
+    assert 'class="wide"' not in tables.table(["a", "b"], [[1, 2]])
 
 
 def test_element_escapes_once() -> None:

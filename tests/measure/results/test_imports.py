@@ -367,11 +367,15 @@ def test_command(put: Callable[[str, Any], Path]) -> None:
     path = put("vllm.json", VLLM)
     done = CliRunner().invoke(command, ["import", str(path), "--json"])
     told = json.loads(done.stdout)
-    assert told["num_requests"] == 3
-    assert Path(told["path"]).is_dir()
-    done = CliRunner().invoke(command, ["show", told["run_id"]])
+    assert told["problems"] == []
+    assert told["figures"]["num_requests"] == 3
+    assert Path(told["run"]).is_dir()
+    done = CliRunner().invoke(command, ["show", Path(told["run"]).name])
     assert done.exit_code == 0, done.output
-    assert "e2e_s" in done.output
+    assert "time to first token, p50" in done.output
+    done = CliRunner().invoke(command, ["import", str(path)])
+    assert "time to first token, p50" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("report: ")
 
 
 @pytest.mark.parametrize("name", ["lepton_13b", "bedrock_70b", "anyscale_7b", "perplexity_70b"])

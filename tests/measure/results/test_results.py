@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,54 @@ def test_diff_command(make_run: MakeRun) -> None:
     assert told["comparable"] is True
 
 
+def test_diff_shows_the_headline_figures(make_run: MakeRun) -> None:
+    make_run("a1")
+    slow = [Request(arm="a", t_sent_ns=0, t_first_ns=100_000_000, t_done_ns=2 * 10**8)]
+    make_run("b1", rows=slow)
+    short = CliRunner().invoke(command, ["diff", "a1", "b1"]).stdout
+    (line,) = [line for line in short.splitlines() if line.startswith("time to first token, p50")]
+    assert line.split()[-5:] == ["50.0", "ms", "100", "ms", "2.00"]
+    assert "groups[" not in short
+    assert (
+        "groups[a].ttft_s.max" in CliRunner().invoke(command, ["diff", "a1", "b1", "--all"]).stdout
+    )
+
+
+def test_a_rate_has_no_unit_of_its_own() -> None:
+    assert show.cell(4.0, "requested_per_s") == "4.00 /s"
+
+
+@pytest.mark.usefixtures("three")
+def test_wrong_filters_are_wrong_usage(tmp_path: Path) -> None:
+    for arguments in (["--kind", "benhc"], ["--since", "yesterday"]):
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == 2, done.output
+        assert "Error: " in done.stderr
+    with pytest.raises(ConfigError, match=r"has no `run\.json`"):
+        store.find(str(tmp_path))
+
+
+@pytest.mark.usefixtures("three")
+def test_the_list_says_what_a_run_is() -> None:
+    newest, middle, oldest = store.entries()
+    assert (newest.state, newest.key_figure) == ("unfinished", "")
+    assert (oldest.state, oldest.targets, oldest.num_requests) == ("valid", ["a"], 20)
+    assert middle.targets == ["b"]
+    assert oldest.key_figure == "time to first token, p50 50.0 ms"
+    done = CliRunner().invoke(command, []).stdout.splitlines()
+    assert done[0].split() == [
+        "run",
+        "kind",
+        "target",
+        "model",
+        "requests",
+        "state",
+        "key",
+        "figure",
+    ]
+    assert "unfinished" in done[1]
+
+
 def test_flat_names_things() -> None:
     figures = {"x": [{"arm": "a", "v": 1}, {"arm": "b", "v": 2}], "y": [3, {}], "z": {"w": None}}
     assert flat(figures) == {
@@ -202,6 +251,25 @@ def test_export_json_and_csv_say_the_same(exported: Run, tmp_path: Path) -> None
     assert second["error"] == two["error"]
     assert second["ttft_s"] == ""
     assert first["output"] == "'" + FORMULA, "a spreadsheet must not run it"
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@a", "\t=1", "\r=1", "=\r=1", '=",1'])
+def test_no_text_is_a_formula_in_csv(make_run: MakeRun, text: str) -> None:
+    run = Run(make_run(rows=[Request(output=text)]))
+    told = export.export(run, "csv", None)
+    (read,) = csv.DictReader(io.StringIO(str(told), newline=""))
+    assert read["output"] == "'" + text
+
+
+def test_a_warm_up_counts_nowhere(make_run: MakeRun) -> None:
+    warm = Request(t_sent_ns=0, t_done_ns=9, phase="warmup")
+    failed = Request(phase="warmup", error_class="http_500")
+    rows = [Request(t_sent_ns=0, t_done_ns=9), warm, failed]
+    figures = Run(make_run(rows=rows)).figures()
+    assert figures is not None
+    (group,) = figures.figures["groups"]
+    assert (group["num_requests"], group["num_not_steady"], group["num_ok"]) == (1, 2, 1)
+    assert (group["errors"], group["e2e_s"]["n"]) == ({}, 1)
 
 
 def test_export_parquet(exported: Run, tmp_path: Path) -> None:
@@ -264,9 +332,12 @@ def test_show_command(make_run: MakeRun) -> None:
     make_run("x1")
     done = CliRunner().invoke(command, ["show", "x1"], standalone_mode=False)
     assert done.return_value == 0
-    assert "ttft_s" in done.output
+    assert "time to first token, p50    50.0 ms" in done.stdout
+    assert "ttft_visible_s" not in done.output, "not everything"
+    done = CliRunner().invoke(command, ["show", "x1", "--all"], standalone_mode=False)
+    assert "ttft_visible_s" in done.output
     told = json.loads(CliRunner().invoke(command, ["show", "x1", "--json"]).output)
     assert told["figures"]["figures"]["groups"][0]["num_ok"] == 20
     make_run("y1", finish=False)
     done = CliRunner().invoke(command, ["show", "y1"], standalone_mode=False)
-    assert done.return_value == 1
+    assert done.return_value == 3

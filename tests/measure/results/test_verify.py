@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from penstock.cli.verify import command
 from penstock.errors import ConfigError
+from penstock.measure import kinds
 from penstock.measure.environment import hash_file
+from penstock.measure.records import Arm
 from penstock.measure.run import FIGURES, HEADER, PAGE, RECORDS
 from penstock.measure.verify import compare, verify
 
@@ -118,6 +120,49 @@ def test_a_changed_header_or_page_is_found(make_run: MakeRun) -> None:
     assert found.ok, "a page can be made again"
 
 
+def test_a_header_whose_hash_was_taken_out_is_not_good(make_run: MakeRun) -> None:
+    run = make_run()
+    header = (run / HEADER).read_bytes()
+    (run / HEADER).write_bytes(header.replace(b"http://h", b"http://x"))
+    edit(run / FIGURES, lambda figures: figures.pop("header_sha256"))
+    found = verify(run)
+    assert found.header_unchanged is False
+    assert not found.ok
+
+
+def test_what_was_put_beside_the_figures_is_found(make_run: MakeRun) -> None:
+    run = make_run()
+    edit(run / FIGURES, lambda figures: figures.update(verdict="better"))
+    (wrong,) = verify(run).mismatches
+    assert (wrong.path, wrong.stored, wrong.only_in) == ("verdict", "better", "stored")
+
+
+def test_a_page_is_compared_by_its_bytes(make_run: MakeRun) -> None:
+    run = make_run(arms=[Arm(name="a\rb\r\nc", target="http://h", model="m")])
+    assert verify(run).ok
+    page = (run / PAGE).read_bytes()
+    for changed in (page.replace(b"\r", b"\n"), page + b"\xff"):
+        assert changed != page
+        (run / PAGE).write_bytes(changed)
+        assert verify(run).page == "differs"
+
+
+def test_records_of_which_nothing_can_be_computed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+
+    def compute(*_: object) -> None:
+        raise KeyError("a mark that was taken out")
+
+    monkeypatch.setattr(kinds, "compute", compute)
+    found = verify(run)
+    assert not found.ok
+    (wrong,) = found.mismatches
+    assert wrong.path == "figures"
+    assert "not computed: KeyError" in wrong.recomputed
+
+
 def test_files_that_the_header_names(make_run: MakeRun, tmp_path: Path) -> None:
     same, changed = tmp_path / "same.jsonl", tmp_path / "changed.jsonl"
     for path in (same, changed):
@@ -163,7 +208,7 @@ def test_command(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.output.splitlines()[-1] == "verified"
     edit(run / FIGURES, lambda f: f["figures"]["groups"][0]["ttft_s"].update(p50=0.01))
     done = runner.invoke(command, [str(run)], standalone_mode=False)
-    assert done.return_value == 1
+    assert done.return_value == 4
     assert "figures.groups[0].ttft_s.p50: stored 0.01, computed 0.05" in done.output
     assert done.output.splitlines()[-1] == "NOT verified"
     done = runner.invoke(command, [str(run), "--json"], standalone_mode=False)
@@ -172,7 +217,7 @@ def test_command(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["mismatches"][0]["recomputed"] == pytest.approx(0.05)
     (run / FIGURES).unlink()
     done = runner.invoke(command, [str(run)], standalone_mode=False)
-    assert done.return_value == 1
+    assert done.return_value == 3
     assert "penstock verify --finish" in done.output
     assert runner.invoke(command, [str(run), "--finish"], standalone_mode=False).return_value == 0
 
@@ -198,6 +243,7 @@ def test_a_value_of_nothing_is_not_a_value_that_is_missing() -> None:
 @given(a=JSON, b=JSON)
 def test_compare_finds_a_difference_just_where_json_differs(a: Any, b: Any) -> None:
     assert not list(compare(a, a))
+    assert list(compare(0.0, -0.0))
     a, b = (msgspec.json.decode(msgspec.json.encode(value)) for value in (a, b))
     same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     assert bool(list(compare(a, b))) == (not same)

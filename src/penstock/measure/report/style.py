@@ -30,7 +30,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; 
 .problems { border-left: 4px solid var(--bad); background: var(--badback); padding: .75rem 1rem;
   margin: 0 0 1rem; }
 .problems ul { margin: .25rem 0 0; }
-.scroll { overflow-x: auto; margin: .75rem 0; }
+.scroll { overflow-x: auto; max-width: 100%; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: .25rem 0; }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
@@ -85,7 +85,14 @@ svg .dash3 { stroke-dasharray: 9 3 2 3; }
     --back: #fff; --raised: #f5f5f3; --bad: #b3261e; --badback: #fff;
     --c0: #0072b2; --c1: #d55e00; --c2: #00845f; --c3: #a5508c; --c4: #946200; --c5: #2b8cc4;
     --c6: #6b6b6b; --c7: #7a2e0e; }
+  @page { size: A4; margin: 14mm; }
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; } nav { display: none; }
+  table { font-size: 8.5pt; max-width: 100%; } table.wide { font-size: 6.5pt; }
+  th, td { padding: .2rem .35rem .2rem 0; }
+  thead th, th.number, td.number, .pairs th { white-space: normal; }
+  thead th, tbody th, td.text, .pairs th, .pairs td { overflow-wrap: anywhere; }
+  td.text, tbody th { min-width: 0; max-width: none; }
+  code, pre { overflow-wrap: anywhere; white-space: pre-wrap; }
   figure, tr, .card, .problems { break-inside: avoid; } h2 { break-after: avoid; }
   .scroll { overflow: visible; } }
 """

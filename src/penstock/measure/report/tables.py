@@ -13,6 +13,7 @@ from penstock.measure.report.html import Html, element, escape, join
 from penstock.measure.report.units import ABSENT, STEPS, Step, number, quantity, step_of, usd
 
 Row = Sequence[Any]
+_WIDE: Final = 9  # columns, from which on the letters are smaller on paper
 _ONE_UNIT: Final = 1000  # how far apart numbers of a column are that still share a unit
 
 
@@ -52,7 +53,7 @@ def table(columns: Sequence[Column | str], rows: Iterable[Row], *, caption: str 
     body = [list(row) for row in rows]
     if any(len(row) != len(heads) for row in body):
         raise ValueError(f"a row of the table {caption!r} does not have {len(heads)} cells")
-    layout = [_layout(head, [row[at] for row in body]) for at, head in enumerate(heads)]
+    layout = _one_rule([_layout(head, [row[at] for row in body]) for at, head in enumerate(heads)])
     lines = [
         element("tr", *(_cell(cell, layout[at], first=at == 0) for at, cell in enumerate(row)))
         for row in body
@@ -64,6 +65,7 @@ def table(columns: Sequence[Column | str], rows: Iterable[Row], *, caption: str 
             element("caption", caption) if caption else None,
             element("thead", element("tr", *map(_head, layout))),
             element("tbody", *lines),
+            class_="wide" if len(heads) > _WIDE else None,
         ),
         class_="scroll",
         tabindex="0",
@@ -116,6 +118,19 @@ def _layout(column: Column, cells: Sequence[Any]) -> _Layout:
     if apart and len(STEPS.get(column.unit, ())) > 1:
         return _Layout(column, None, numeric)
     return _Layout(column, step_of(column.unit, max(sizes)), numeric)
+
+
+def _one_rule(layout: list[_Layout]) -> list[_Layout]:
+    """Units stand in all heads of a table, or in the cells of all columns whose units have steps.
+
+    A table with `40.5 ms` in one column and a head `(ms)` over bare numbers in the next misleads.
+    """
+    if all(one.scale is not None for one in layout):
+        return layout
+    return [
+        one._replace(scale=None) if len(STEPS.get(one.column.unit, ())) > 1 else one
+        for one in layout
+    ]
 
 
 def _is_number(value: Any) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 from penstock.errors import ConfigError
 from penstock.measure.records import Header
 from penstock.measure.results.flat import flat
+from penstock.measure.results.headline import headline
 from penstock.measure.run import Figures, Run
 
 # Of an environment: what changes from minute to minute, and says nothing on its own.
@@ -30,6 +31,7 @@ class Row(msgspec.Struct, kw_only=True):
     a: Any
     b: Any
     ratio: float | None = None  # b / a
+    unit: str = ""  # of both values, where it is known; else the path's last name says it
 
 
 class Diff(msgspec.Struct, kw_only=True):
@@ -41,7 +43,8 @@ class Diff(msgspec.Struct, kw_only=True):
     kind: str
     a: str
     b: str
-    rows: list[Row]
+    headline: list[Row]  # the first figures of the kind, those that are equal too
+    rows: list[Row]  # every figure
     problems: list[str]  # a run that is not valid
     arms: list[Row]  # what was measured
     settings: list[Row]
@@ -66,6 +69,8 @@ def diff(a: Run, b: Run) -> Diff:
             f"kind `{b.header.kind}`: their figures are not the same."
         )
     stored = [_figures(run) for run in (a, b)]
+    ours = stored[0].figures
+    theirs = _renamed(stored[1].figures, _names(a.header, b.header))
     problems = [
         f"{run.header.run_id}: {problem}"
         for run, figures in zip((a, b), stored, strict=True)
@@ -75,7 +80,8 @@ def diff(a: Run, b: Run) -> Diff:
         kind=a.header.kind,
         a=a.header.run_id,
         b=b.header.run_id,
-        rows=_rows(stored[0].figures, _renamed(stored[1].figures, _names(a.header, b.header))),
+        headline=_headline(a.header.kind, ours, theirs),
+        rows=_rows(ours, theirs),
         problems=problems,
         arms=_differing(_arms(a.header), _arms(b.header)),
         settings=_differing(a.header.settings, b.header.settings),
@@ -86,6 +92,19 @@ def diff(a: Run, b: Run) -> Diff:
             if not _RESTLESS.search(row.path)
         ],
     )
+
+
+def _headline(kind: str, a: dict[str, Any], b: dict[str, Any]) -> list[Row]:
+    """The figures that the kind is about, by their titles."""
+    ours, theirs = ({one.title: one for one in headline(kind, figures)} for figures in (a, b))
+    rows = []
+    for title in [*ours, *(title for title in theirs if title not in ours)]:
+        left, right = ours.get(title), theirs.get(title)
+        values = [None if one is None else one.value for one in (left, right)]
+        if values != [None, None]:
+            unit = (left or right or theirs[title]).unit
+            rows.append(Row(path=title, a=values[0], b=values[1], ratio=_ratio(*values), unit=unit))
+    return rows
 
 
 def _figures(run: Run) -> Figures:

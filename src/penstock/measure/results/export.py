@@ -80,7 +80,8 @@ def _csv(table: list[dict[str, Any]]) -> str:
 
 def _write_csv(table: list[dict[str, Any]], to: IO[str]) -> None:
     columns = list(table[0]) if table else ["run_id", "started_at", *_WHOLE]
-    writer = csv.DictWriter(to, columns, lineterminator="\n")
+    # RFC 4180's ends of lines: with others, Python leaves a carriage return in a text unquoted.
+    writer = csv.DictWriter(to, columns, lineterminator="\r\n")
     writer.writeheader()
     for row in table:
         writer.writerow({name: _cell(value) for name, value in row.items()})

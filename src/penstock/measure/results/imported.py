@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from penstock.measure.metrics import FORMULAS, OF_REQUEST, is_supported, summarize
+from penstock.measure.metrics import FORMULAS, OF_REQUEST, TITLES, is_supported, summarize
 from penstock.measure.records import Header, Record, Request
 from penstock.measure.report import page as pages
 from penstock.measure.report import plots, tables
@@ -125,7 +125,8 @@ def _latency(groups: Sequence[dict[str, Any]]) -> str:
             part = group[name]
             if part["n"]:
                 marked = [_marked(part, mark) for mark in ("p50", "p90", "p95", "p99")]
-                head = [group["arm"], group["stage"], name, part["n"], part["mean"]]
+                figure = f"{TITLES[name]} ({name})"
+                head = [group["arm"], group["stage"], figure, part["n"], part["mean"]]
                 lines.append([*head, *marked, part["max"]])
     return tables.table(columns, lines)
 
@@ -146,8 +147,9 @@ def _distributions(rows: Sequence[Request]) -> list[str]:
             if value is not None:
                 samples.setdefault(f"{row.arm} {row.stage}".strip(), []).append(value)
         if samples:
-            axis = plots.Axis(name, "s")
-            drawn.append(plots.ecdf(samples, axis, title=f"{name}: {FORMULAS[name]}"))
+            axis = plots.Axis(TITLES[name], "s")
+            note = f"{name} = {FORMULAS[name]}"
+            drawn.append(plots.ecdf(samples, axis, title=TITLES[name].capitalize(), note=note))
     return drawn
 
 

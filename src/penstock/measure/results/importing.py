@@ -16,11 +16,15 @@ from penstock.measure import kinds
 from penstock.measure.environment import hash_file
 from penstock.measure.records import Arm
 from penstock.measure.results.readers import READERS
-from penstock.measure.results.readers.common import Imported
+from penstock.measure.results.readers.common import Imported, check
 from penstock.measure.run import Writer, new_header
 
-# What to take of a directory: the files that each tool writes.
-_PATTERNS = ("results_*.json", "samples_*.jsonl", "profile_export*.json*", "benchmarks.json")
+# What to take of a directory: the files of each tool that are read. AIPerf writes the same requests
+# once more, raw and in slices of time.
+_PATTERNS = (
+    *("results_*.json", "samples_*.jsonl", "benchmarks.json"),
+    *("profile_export.jsonl", "profile_export_aiperf.json"),
+)
 
 
 def import_files(
@@ -37,9 +41,11 @@ def import_files(
         The run's directory.
 
     Raises:
-        ConfigError: a file cannot be read, is of no known tool, or the tools are several.
+        ConfigError: a file cannot be read, is there twice, is of no known tool, or holds what
+            cannot be; or the tools are several.
     """
     files = _files(paths)
+    hashes = _hashes(files)
     read = [_read(path, form) for path in files]
     names = {name for name, _ in read}
     if len(names) > 1:
@@ -61,7 +67,7 @@ def import_files(
             "notes": list(dict.fromkeys(note for part in parts for note in part.notes)),
         },
         arms=list({arm.name: arm for arm in arms}.values()),
-        hashes={str(path): hash_file(path) for path in files},
+        hashes={str(path): sha256 for path, sha256 in zip(files, hashes, strict=True)},
         environment={},  # this machine is not the one that was measured
     )
     with Writer(header, directory) as writer:
@@ -88,6 +94,20 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _hashes(files: Sequence[Path]) -> list[str]:
+    """SHA-256 of each; what is there twice would count twice."""
+    hashes: list[str] = []
+    for path in files:
+        sha256 = hash_file(path)
+        if sha256 in hashes:
+            first = files[hashes.index(sha256)]
+            raise ConfigError(
+                f"`{first}` and `{path}` are the same file.", hint="its requests would count twice"
+            )
+        hashes.append(sha256)
+    return hashes
+
+
 def _read(path: Path, form: str | None) -> tuple[str, Imported]:
     document = _document(path)
     if form is not None:
@@ -102,8 +122,12 @@ def _read(path: Path, form: str | None) -> tuple[str, Imported]:
     if not reader.recognises(document, path.name):
         raise ConfigError(f"`{path}` does not look like a file of `{form}`.")
     try:
-        return names[0], reader.read(document, path.name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        made = reader.read(document, path.name)
+        check(made.requests)
+        return names[0], made
+    except ValueError as error:
+        raise ConfigError(f"`{path}` is not as `{names[0]}` writes it: {error}.") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"`{path}` is not as `{names[0]}` writes it ({type(error).__name__}: {error})."
         ) from None
@@ -118,15 +142,16 @@ def _document(path: Path) -> Any:
     if path.suffix != ".jsonl":
         try:
             return json.loads(data)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass  # results that were appended to one another
     made = []
     for number, line in enumerate(data.split("\n"), start=1):
         if line.strip():
             try:
                 made.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"Line `{number}` of `{path}` is no JSON: {error.msg}.") from None
+            except (ValueError, RecursionError) as error:
+                why = getattr(error, "msg", error)
+                raise ConfigError(f"Line `{number}` of `{path}` is no JSON: {why}.") from None
     return made
 
 

@@ -56,7 +56,7 @@ def grid(rows: Sequence[Sequence[str]], *, right: Sequence[bool] = ()) -> Iterat
 def _unit(name: str) -> str:
     lower = name.lower()
     if lower.endswith("_per_s"):
-        return f"{lower.removesuffix('_per_s')}/s".replace("_", " ")
+        return "/s"  # of what, its name says
     return next((unit for end, unit in _UNITS.items() if lower.endswith(end)), "")
 
 

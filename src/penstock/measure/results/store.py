@@ -1,4 +1,4 @@
-"""The runs of a directory: found by id, listed and filtered. Reads headers and figures only.
+"""The runs of a directory: found by id, listed and filtered. Decodes headers and figures only.
 
 A run that is damaged is listed as such, so that it can be found and thrown away.
 """
@@ -15,9 +15,12 @@ import msgspec
 
 from penstock.errors import ConfigError
 from penstock.measure.records import Header
-from penstock.measure.run import FIGURES, HEADER, Figures, runs_dir
+from penstock.measure.results.headline import key_figure
+from penstock.measure.run import DAMAGE, FIGURES, HEADER, RECORDS, Figures, runs_dir
 
+State = Literal["valid", "not valid", "unfinished", "damaged"]
 Sort = Literal["started", "kind", "model", "engine", "records"]
+_REQUEST = b'{"type":"request"'
 _AGES_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -28,10 +31,14 @@ class Entry(msgspec.Struct, kw_only=True):
     path: str
     kind: str = ""
     started_at: str = ""
+    state: State = "unfinished"
+    targets: list[str] = []  # what was measured, as the user wrote it
     models: list[str] = []
     engines: list[str] = []
     precisions: list[str] = []
+    num_requests: int | None = None  # None: the records cannot be read
     num_records: int | None = None  # None: it was not finished
+    key_figure: str = ""
     valid: bool | None = None  # None: it was not finished, or is damaged
     problems: list[str] = []
     command: str = ""
@@ -60,6 +67,10 @@ def find(text: str) -> Path:
         if matches:
             some = ", ".join(matches[:5]) + (" and others" if len(matches) > 5 else "")
             raise ConfigError(f"`{text}` may be one of {len(matches)} runs.", hint=some)
+    if path.is_dir():
+        raise ConfigError(
+            f"`{text}` has no `{HEADER}`: it is no run.", hint="`penstock results` lists runs"
+        )
     raise ConfigError(
         f"There is no run `{text}`, neither as a directory nor in `{root}`.",
         hint="`penstock results` lists runs; PENSTOCK_RUNS names their directory",
@@ -143,13 +154,16 @@ def _directories(root: Path) -> list[Path]:
 def _entry(path: Path) -> Entry:
     try:
         header = msgspec.json.decode((path / HEADER).read_bytes(), type=Header)
-    except (OSError, msgspec.MsgspecError) as error:
-        return Entry(run_id=path.name, path=str(path), problems=[f"{HEADER} is damaged: {error}"])
+    except (OSError, *DAMAGE) as error:
+        problem = f"{HEADER} is damaged: {error}"
+        return Entry(run_id=path.name, path=str(path), state="damaged", problems=[problem])
     entry = Entry(
         run_id=header.run_id,
         path=str(path),
         kind=header.kind,
         started_at=header.started_at,
+        num_requests=_num_requests(path / RECORDS),
+        targets=_distinct(arm.name or arm.target for arm in header.arms),
         models=_distinct(arm.model or arm.target for arm in header.arms),
         engines=_distinct(f"{arm.engine} {arm.engine_version}".strip() for arm in header.arms),
         precisions=_distinct(arm.precision for arm in header.arms),
@@ -157,14 +171,31 @@ def _entry(path: Path) -> Entry:
     )
     try:
         figures = msgspec.json.decode((path / FIGURES).read_bytes(), type=Figures)
+        entry.key_figure = key_figure(header.kind, figures.figures)
     except FileNotFoundError:
         entry.problems = ["not finished"]
-    except (OSError, msgspec.MsgspecError) as error:
-        entry.problems = [f"{FIGURES} is damaged: {error}"]
+    except (OSError, ConfigError, *DAMAGE) as error:
+        told = error.message if isinstance(error, ConfigError) else str(error)
+        entry.state, entry.problems = "damaged", [f"{FIGURES} is damaged: {told}"]
     else:
         entry.num_records, entry.problems = figures.num_records, figures.problems
         entry.valid = not figures.problems
+        entry.state = "valid" if entry.valid else "not valid"
+    if entry.num_requests is None:
+        entry.state, entry.valid = "damaged", None
+        entry.problems = [*entry.problems, f"{RECORDS} cannot be read"]
     return entry
+
+
+def _num_requests(path: Path) -> int | None:
+    """How many lines are requests, by how they begin: a list need not decode them all."""
+    try:
+        with path.open("rb") as file:
+            return sum(line.startswith(_REQUEST) for line in file)
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """AIPerf: `profile_export.jsonl` (a record a request) and `profile_export_aiperf.json` (figures).
 
 Read after AIPerf's documented export models (schema 1.0): moments are Unix nanoseconds, metrics
-have a value and a unit. Without `--export-level records` there are no rows.
+have a value and a unit. Without `--export-level records` there are no rows; raw records have no
+metrics and are not read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from penstock.measure.records import Arm, Phase, Request
 from penstock.measure.results.readers.common import (
     Imported,
     count,
+    duration,
     listing,
     mapping,
     number,
@@ -40,7 +42,8 @@ def recognises(document: Any, file_name: str) -> bool:
     """Whether this is one of the tool's files."""
     if isinstance(document, list):
         return bool(document) and all(
-            "request_start_ns" in mapping(mapping(row).get("metadata")) for row in document[:3]
+            "request_start_ns" in mapping(mapping(row).get("metadata")) and "metrics" in row
+            for row in document[:3]
         )
     known = mapping(document)
     return "unit" in mapping(known.get("request_latency")) and (
@@ -81,7 +84,12 @@ def _figures(document: dict[str, Any], file_name: str) -> Imported:
 
 
 def _start_ns(row: dict[str, Any]) -> int:
-    return int(number(mapping(row.get("metadata")).get("request_start_ns")) or 0)
+    return _moment_ns(mapping(row.get("metadata")), "request_start_ns") or 0
+
+
+def _moment_ns(about: dict[str, Any], name: str) -> int | None:
+    """Nanoseconds since 1970, which a float would round."""
+    return None if number(about.get(name), name) is None else int(about[name])
 
 
 def _request(row: dict[str, Any], index: int, zero_ns: int) -> Request:
@@ -89,15 +97,15 @@ def _request(row: dict[str, Any], index: int, zero_ns: int) -> Request:
 
     def seconds(name: str) -> float | None:
         metric = mapping(metrics.get(name))
-        value, factor = number(metric.get("value")), _UNITS_S.get(text(metric.get("unit")))
+        value, factor = duration(metric.get("value"), name), _UNITS_S.get(text(metric.get("unit")))
         return None if value is None or factor is None else value * factor
 
     def tokens(name: str) -> int | None:
-        return count(mapping(metrics.get(name)).get("value"))
+        return count(mapping(metrics.get(name)).get("value"), name)
 
     def moment(name: str) -> int | None:
-        value = about.get(name)
-        return value - zero_ns if isinstance(value, int) else None
+        value_ns = _moment_ns(about, name)
+        return None if value_ns is None else value_ns - zero_ns
 
     sent_ns = _start_ns(row) - zero_ns
     made = Request(
@@ -114,9 +122,10 @@ def _request(row: dict[str, Any], index: int, zero_ns: int) -> Request:
     )
     if made.n_out is not None:
         made.count_source = "usage"
-    if error := mapping(row.get("error")):
+    error = mapping(row.get("error"))
+    if error or about.get("was_cancelled"):
         made.error_class, made.http_status = _error(error, about)
-        made.error = text(error.get("message")) or text(error.get("type"))
+        made.error = text(error.get("message")) or text(error.get("type")) or None
         return made
     latency_s, ttft_s = seconds("request_latency"), seconds("time_to_first_token")
     if latency_s is not None:
@@ -134,10 +143,10 @@ def _request(row: dict[str, Any], index: int, zero_ns: int) -> Request:
 def _chunks(made: Request, metric: dict[str, Any]) -> None:
     """Moments of the chunks from the gaps between them."""
     factor = _UNITS_S.get(text(metric.get("unit")))
-    gaps = [number(gap) for gap in listing(metric.get("value"))]
-    if factor is None or not gaps or made.t_first_ns is None:
+    gaps = [duration(gap, "inter_chunk_latency") for gap in listing(metric.get("value"))]
+    if factor is None or not gaps or None in gaps or made.t_first_ns is None:
         return
-    steps = [seconds_ns((gap or 0.0) * factor) for gap in gaps]
+    steps = [seconds_ns(gap * factor) for gap in gaps if gap is not None]
     made.chunk_t_ns = list(accumulate(steps, initial=made.t_first_ns))
     made.n_chunks = len(made.chunk_t_ns)
 
@@ -147,7 +156,8 @@ def _phase(about: dict[str, Any]) -> Phase:
 
 
 def _error(error: dict[str, Any], about: dict[str, Any]) -> tuple[str, int | None]:
-    status = count(error.get("code"))
+    code = error.get("code")
+    status = code if isinstance(code, int) and not isinstance(code, bool) else None
     if about.get("was_cancelled"):
         return "cut", None
     if "timeout" in text(error.get("type")).lower():

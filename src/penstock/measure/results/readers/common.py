@@ -1,12 +1,18 @@
-"""What every reader makes of a file, and the checks they share."""
+"""What every reader makes of a file, and the checks they share.
+
+A figure that a file does not give (no field, or null) is absent. One that is there and cannot be
+what its name says, such as a time of -5 or "x", is refused: it must not become another number.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 
 from penstock.errors import ConfigError
+from penstock.measure.metrics import OF_REQUEST
 from penstock.measure.records import Arm, Request
 
 
@@ -27,17 +33,59 @@ def seconds_ns(value: float) -> int:
     return round(value * 1e9)
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def number(value: Any, name: str) -> float | None:
+    """A finite number; None where there is none.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if value is None:
         return None
-    return float(value) if value == value and abs(value) != float("inf") else None
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float):
+            found = float(value)
+            if math.isfinite(found):
+                return found
+    except OverflowError:
+        pass
+    raise ValueError(f"`{name}` is `{str(value)[:40]}`, which is no number")
 
 
-def count(value: Any) -> int | None:
-    """A number of things, or None."""
-    found = number(value)
-    return None if found is None or found < 0 else int(found)
+def duration(value: Any, name: str) -> float | None:
+    """A length of time in whatever unit; None where there is none.
+
+    Raises:
+        ValueError: it is no number, or negative.
+    """
+    found = number(value, name)
+    if found is not None and found < 0:
+        raise ValueError(f"`{name}` is `{value}`, and no time is negative")
+    return found
+
+
+def count(value: Any, name: str) -> int | None:
+    """A number of things; None where there is none.
+
+    Raises:
+        ValueError: it is no whole number from 0 on.
+    """
+    found = number(value, name)
+    if found is not None and (found < 0 or not found.is_integer()):
+        raise ValueError(f"`{name}` is `{value}`, which counts nothing")
+    return None if found is None else int(found)
+
+
+def check(requests: list[Request]) -> None:
+    """Refuse times that follow from a file's moments and cannot be.
+
+    Raises:
+        ValueError: a request was answered before it was sent.
+    """
+    for row in requests:
+        for name in ("ttft_s", "ttft_visible_s", "tpot_s", "e2e_s"):
+            value = OF_REQUEST[name](row)
+            if value is not None and value < 0:
+                raise ValueError(f"request `{row.prompt_id}` has a `{name}` of `{value:g}`")
 
 
 def mapping(value: Any) -> dict[str, Any]:

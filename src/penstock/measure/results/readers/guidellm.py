@@ -29,6 +29,8 @@ NAMES: Final = {
     "request_scheduled_latency": "e2e_from_due_s",
     "request_dispatch_delay": "queue_s",
 }
+# Their `targeted_start` is the moment from which a request might have begun.
+_WITHOUT_SCHEDULE: Final = ("synchronous", "concurrent", "throughput")
 _STATISTICS: Final = ("count", "mean", "median", "std_dev", "min", "max", "percentiles")
 
 
@@ -61,7 +63,7 @@ def read(document: Any, file_name: str) -> Imported:
         for index, (status, row) in enumerate(_rows(run)):
             made.requests.append(_request(row, status, index, stage, zero_s))
         made.source[stage] = _sums(mapping(run.get("metrics")))
-        total = count(mapping(made.source[stage].get("request_totals")).get("total"))
+        total = _count(mapping(made.source[stage].get("request_totals")), "total")
         kept = len(_rows(run))
         if total is not None and total != kept:
             made.notes.append(f"{stage}: the file holds {kept} of {total} requests.")
@@ -81,7 +83,7 @@ def _stage(run: dict[str, Any]) -> str:
     strategy = mapping(config.get("strategy"))
     kind = text(strategy.get("type_")) or "benchmark"
     for name, told in (("rate", "rate"), ("streams", "concurrency"), ("max_concurrency", "max")):
-        if number(strategy.get(name)) is not None:
+        if isinstance(strategy.get(name), int | float):
             return f"{kind} {told}={strategy[name]:g}"
     return kind
 
@@ -101,36 +103,43 @@ def _times(row: dict[str, Any]) -> dict[str, Any]:
 
 def _start(row: dict[str, Any]) -> float | None:
     times = _times(row)
-    for value in (times.get("request_start"), times.get("resolve_start"), row.get("start_time")):
-        if (found := number(value)) is not None:
-            return found
-    return None
+    return _first(times.get("request_start"), times.get("resolve_start"), row.get("start_time"))
+
+
+def _first(*moments: Any) -> float | None:
+    """The first of the moments that is there."""
+    return next((found for one in moments if (found := number(one, "timings")) is not None), None)
+
+
+def _count(values: dict[str, Any], name: str) -> int | None:
+    return count(values.get(name), name)
 
 
 def _request(row: dict[str, Any], status: str, index: int, stage: str, zero_s: float) -> Request:
+    has_schedule = stage.split()[0] not in _WITHOUT_SCHEDULE
     times = _times(row)
 
     def moment(*values: Any) -> int | None:
-        found = next((one for value in values if (one := number(value)) is not None), None)
+        found = _first(*values)
         return None if found is None else seconds_ns(found - zero_s)
 
     inputs, outputs = mapping(row.get("input_metrics")), mapping(row.get("output_metrics"))
-    told = count(outputs.get("total_tokens")) or count(outputs.get("text_tokens"))
+    told = _count(outputs, "total_tokens") or _count(outputs, "text_tokens")
     made = Request(
         index=index,
         stage=stage,
         prompt_id=text(row.get("request_id")) or str(index),
-        t_due_ns=moment(times.get("targeted_start")),
+        t_due_ns=moment(times.get("targeted_start")) if has_schedule else None,
         t_sent_ns=moment(_start(row)),
         t_first_ns=moment(times.get("first_token_iteration"), row.get("first_token_time")),
         t_first_visible_ns=moment(times.get("first_output_token_iteration")),
         t_last_ns=moment(times.get("last_token_iteration"), row.get("last_token_time")),
         t_done_ns=moment(times.get("request_end"), times.get("resolve_end"), row.get("end_time")),
-        n_in=count(row.get("prompt_tokens")) or count(inputs.get("text_tokens")),
-        n_cached=count(inputs.get("cached_tokens")),
-        n_out=told if told is not None else count(row.get("output_tokens")),
+        n_in=_count(row, "prompt_tokens") or _count(inputs, "text_tokens"),
+        n_cached=_count(inputs, "cached_tokens"),
+        n_out=told if told is not None else _count(row, "output_tokens"),
         count_source="usage",
-        n_chunks=count(times.get("token_iterations")) or 0,
+        n_chunks=_count(times, "token_iterations") or 0,
         output=text(row.get("output")) or None,
     )
     if told is None and made.n_out is not None and made.n_out == made.n_chunks:

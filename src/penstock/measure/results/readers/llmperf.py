@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from penstock.measure.records import Arm, Request
-from penstock.measure.results.readers.common import Imported, count, mapping, number, seconds_ns
+from penstock.measure.results.readers.common import Imported, count, duration, mapping, seconds_ns
 
 NAME: Final = "llmperf"
 NAMES: Final = {
@@ -42,14 +42,15 @@ def read(document: Any, file_name: str) -> Imported:
 
 
 def _request(row: dict[str, Any], index: int) -> Request:
-    latency_s, ttft_s = number(row.get("end_to_end_latency_s")), number(row.get("ttft_s"))
+    latency_s = duration(row.get("end_to_end_latency_s"), "end_to_end_latency_s")
+    ttft_s = duration(row.get("ttft_s"), "ttft_s")
     made = Request(
         index=index,
         prompt_id=str(index),
         t_sent_ns=0,
         t_done_ns=None if latency_s is None else seconds_ns(latency_s),
-        n_in=count(row.get("number_input_tokens")),
-        n_out=count(row.get("number_output_tokens")),
+        n_in=count(row.get("number_input_tokens"), "number_input_tokens"),
+        n_out=count(row.get("number_output_tokens"), "number_output_tokens"),
         count_source="tokenizer",
         details={name: row[name] for name in _KEPT if row.get(name) is not None},
     )

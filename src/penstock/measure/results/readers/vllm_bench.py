@@ -13,6 +13,7 @@ from penstock.measure.records import Arm, Request
 from penstock.measure.results.readers.common import (
     Imported,
     count,
+    duration,
     listing,
     number,
     same_length,
@@ -102,7 +103,8 @@ def _requests(
     if not columns["latencies"]:
         notes.append("No latencies: an answer ends with its last chunk.")
     rows = []
-    zero_s = min(columns["start_times"], default=0.0)
+    starts = [number(value, "start_times") for value in columns["start_times"]]
+    zero_s = min((value for value in starts if value is not None), default=0.0)
     for index in range(num_requests):
         cells = {name: values[index] for name, values in columns.items() if values}
         rows.append(_request(cells, index, stage, zero_s))
@@ -110,30 +112,35 @@ def _requests(
 
 
 def _request(cells: dict[str, Any], index: int, stage: str, zero_s: float) -> Request:
-    sent_s = (number(cells.get("start_times")) or zero_s) - zero_s
+    start_s = number(cells.get("start_times"), "start_times")
+    sent_s = 0.0 if start_s is None else start_s - zero_s
     row = Request(
         index=index,
         stage=stage,
         prompt_id=str(index),
         t_sent_ns=seconds_ns(sent_s),
-        n_in=count(cells.get("input_lens")),
+        n_in=count(cells.get("input_lens"), "input_lens"),
         output=text(cells.get("generated_texts")) or None,
     )
-    queued_s = number(cells.get("queue_times"))
+    queued_s = duration(cells.get("queue_times"), "queue_times")
     if queued_s is not None:
         row.t_due_ns = seconds_ns(sent_s - queued_s)
     error = cells.get("errors")
-    if error:
-        row.error_class, row.error = "server", str(error)
+    ttft_s = duration(cells.get("ttfts"), "ttfts")
+    if error or not ttft_s:  # a status without a reason leaves no text
+        row.error_class, row.error = "server", str(error or "The file gives no reason.")
         return row
-    first_s = sent_s + (number(cells.get("ttfts")) or 0.0)
-    gaps = [number(gap) or 0.0 for gap in listing(cells.get("itls"))]
-    chunks_s = list(accumulate(gaps, initial=first_s))
-    latency_s = number(cells.get("latencies"))
-    row.t_first_ns = row.t_first_visible_ns = seconds_ns(first_s)
+    first_s = sent_s + ttft_s
+    gaps = [duration(gap, "itls") for gap in listing(cells.get("itls"))]
+    there = [gap for gap in gaps if gap is not None]
+    if len(there) < len(gaps):
+        raise ValueError("`itls` has a gap that is null")
+    chunks_s = list(accumulate(there, initial=first_s))
+    latency_s = duration(cells.get("latencies"), "latencies")
+    row.t_first_ns = seconds_ns(first_s)  # of any chunk: a role or reasoning, too
     row.chunk_t_ns = [seconds_ns(moment) for moment in chunks_s]
     row.t_last_ns = row.chunk_t_ns[-1]
     row.t_done_ns = row.t_last_ns if latency_s is None else seconds_ns(sent_s + latency_s)
-    row.n_out, row.count_source = count(cells.get("output_lens")), "usage"
+    row.n_out, row.count_source = count(cells.get("output_lens"), "output_lens"), "usage"
     row.n_chunks = len(chunks_s)
     return row
