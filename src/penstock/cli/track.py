@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from penstock.cli import runs
 
 if TYPE_CHECKING:
     from penstock.measure.track.config import Config
@@ -40,21 +44,27 @@ def command() -> None:
 @click.option("--slots", type=click.IntRange(min=1), help="End after so many. Default: never.")
 @click.option("--now", "at_once", is_flag=True, help="Probe once now, and end.")
 @_DATABASE
-def run(config: Path, slots: int | None, at_once: bool, database: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Tell what happens as JSON lines on stdout.")
+def run(
+    config: Path, slots: int | None, at_once: bool, database: str | None, as_json: bool
+) -> None:
     """Wait for the schedule's slots and probe every series in each."""
-    from penstock.measure.track.export import price_facts
+    from penstock.measure.track.export import alarms, price_facts
     from penstock.measure.track.service import Tracker, check_keys
 
     if at_once and slots is not None:
         raise click.UsageError("--now and --slots exclude one another.")
     told, book = _open(config, database)
     with closing(book):
-        check_keys(told)
+        with runs.usage():
+            check_keys(told)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: slots are closed
         tracker = Tracker(
             told,
             book,
             price_facts=price_facts(told),
-            say=lambda line: click.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True),
+            alarms=lambda: alarms(told, book, time.time()),
+            say=_say_json if as_json else _say,
         )
         if at_once:
             tracker.settle()
@@ -63,27 +73,36 @@ def run(config: Path, slots: int | None, at_once: bool, database: str | None) ->
             asyncio.run(tracker.run(num_slots=slots))
 
 
+def _say(line: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
+
+
+def _say_json(line: str) -> None:
+    click.echo(json.dumps({"time": round(time.time(), 3), "message": line}))
+
+
 @command.command(epilog="Example: penstock track show track.toml --days 3 --json")
 @_FILE
 @_DAYS
 @_DATABASE
 @_JSON
-@click.option("--strict", is_flag=True, help="Exit with status 1 if there is an alarm.")
+@click.option("--strict", is_flag=True, help="Exit with status 4 if there is an alarm.")
 def show(config: Path, days: float, database: str | None, as_json: bool, strict: bool) -> int:
     """The leaderboard: speed, failures, price and drift of each series."""
     from penstock.measure.kinds import compute
     from penstock.measure.track.export import header_of, records_of
 
-    told, book = _open(config, database)
+    told, book = _open(config, database, create=False)
     with closing(book):
         since = _since(days)
         figures, _ = compute(header_of(told, since), records_of(told, book, since))
     if as_json:
         click.echo(json.dumps(figures))
     else:
-        for line in _lines(figures):
+        for line in leaderboard(figures):
             click.echo(line)
-    return 1 if strict and any(drift["alarm"] for drift in figures["drift"]) else 0
+    alarm = strict and any(drift["alarm"] for drift in figures["drift"])
+    return runs.BAD if alarm else runs.OK
 
 
 @command.command(epilog="Example: penstock track export track.toml -o week && penstock verify week")
@@ -94,7 +113,7 @@ def show(config: Path, days: float, database: str | None, as_json: bool, strict:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Directory of the run.")
 def export(
     config: Path, days: float, database: str | None, as_json: bool, output: Path | None
-) -> None:
+) -> int:
     """Write what was tracked as a run: raw records, figures, and a page.
 
     `penstock results export` makes CSV or Parquet of it, `penstock verify` computes it again.
@@ -102,14 +121,11 @@ def export(
     from penstock.measure.kinds import finish
     from penstock.measure.track import export as exporting
 
-    told, book = _open(config, database)
+    told, book = _open(config, database, create=False)
     with closing(book):
         path = exporting.export(told, book, _since(days), output)
     made = finish(path)
-    if as_json:
-        click.echo(json.dumps({"run": str(path), "figures": made.figures}))
-    else:
-        click.echo(str(path))
+    return runs.tell(path, made, lambda: "\n".join(leaderboard(made.figures)), as_json=as_json)
 
 
 @command.command(epilog="Example: penstock track check track.toml")
@@ -123,7 +139,8 @@ def check(config: Path, as_json: bool) -> None:
     from penstock.measure.track.schedule import slots_of
     from penstock.measure.track.service import read_canaries
 
-    told = read_config(config)
+    with runs.usage():
+        told = read_config(config)
     probe = told.probe
     num_cells = len(probe.input_tokens) * len(probe.output_tokens)
     num_speed = num_cells * sum(probe.concurrency) * probe.rounds
@@ -149,36 +166,52 @@ def check(config: Path, as_json: bool) -> None:
         click.echo(f"requests a series and slot, {what}: {num}")
 
 
-def _open(config: Path, database: str | None) -> tuple[Config, Book]:
+def _open(config: Path, database: str | None, *, create: bool = True) -> tuple[Config, Book]:
+    """The file and its database; who only reads makes none."""
+    from penstock.errors import ConfigError
     from penstock.measure.track.config import read_config
-    from penstock.measure.track.tables import Book
-    from penstock.storage.database import open_database
+    from penstock.measure.track.tables import COMPONENT, Book
+    from penstock.storage.database import holds, open_database
 
-    told = read_config(config)
-    return told, Book(open_database(database or told.database))
+    with runs.usage():
+        told = read_config(config)
+    engine = open_database(database or told.database, create=create)
+    if not create and not holds(engine, COMPONENT):
+        engine.dispose()
+        raise ConfigError(
+            "The database holds nothing of a tracker.", hint=f"penstock track run {config}"
+        )
+    return told, Book(engine)
 
 
 def _since(days: float) -> int:
     return int(time.time() - days * 86400)
 
 
-def _lines(figures: dict[str, Any]) -> list[str]:
+def leaderboard(figures: Mapping[str, Any]) -> list[str]:
     """The leaderboard for a terminal."""
+    from penstock.measure.track.figures import drift_summary
+
     head = (
-        f"{'series':32} {'in/out x at once':>18} {'n':>5} {'TTFT p50':>9} {'p90':>8} "
-        f"{'tok/s p50':>9} {'p10':>7} {'answered':>8} {'$/1M out':>9}"
+        f"{'series':32} {'in/out x at once':>18} {'n':>5} {'TTFT p50':>9} {'p90':>8} {'p99':>8} "
+        f"{'tok/s p50':>9} {'p10':>7} {'available':>9} {'$/1M out':>9}"
     )
     lines = [head]
     for name, series in figures["series"].items():
         for cell in series["cells"]:
             shape = f"{cell['input_tokens']}/{cell['output_tokens']} x {cell['concurrency']}"
             ttft, speed = cell["ttft_s"], cell["tokens_per_s"]
-            answered = cell["availability"]
             lines.append(
                 f"{name[:32]:32} {shape:>18} {ttft['n']:>5} {_told(ttft['p50'], '.3f', ' s'):>9} "
-                f"{_told(ttft['p90'], '.3f', ' s'):>8} {_told(speed['p50'], '.1f'):>9} "
-                f"{_told(speed['p10'], '.1f'):>7} {_told(answered, '.1%'):>8} "
+                f"{_told(ttft['p90'], '.3f', ' s'):>8} {_told(ttft['p99'], '.3f', ' s'):>8} "
+                f"{_told(speed['p50'], '.1f'):>9} "
+                f"{_told(speed['p10'], '.1f'):>7} {_told(cell['availability'], '.1%'):>9} "
                 f"{_told(cell['usd_per_1m_output_tokens'], '.2f'):>9}"
+            )
+        if not series["cells"]:  # nobody was there to be asked
+            blank = " ".join(f"{'-':>{width}}" for width in (18, 5, 9, 8, 8, 9, 7))
+            lines.append(
+                f"{name[:32]:32} {blank} {_told(series['availability'], '.1%'):>9} {'-':>9}"
             )
         failed = ", ".join(f"{kind} {num}" for kind, num in series["errors"].items()) or "none"
         slots = ", ".join(f"{state} {num}" for state, num in series["slots"].items())
@@ -186,6 +219,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         lines += [f"{name[:32]:32} {num} slots: {why}" for why, num in series["reasons"].items()]
         if series["no_price"]:
             lines.append(f"{name[:32]:32} no price: {series['no_price']}")
+    if not figures["series"]:
+        return ["No slot yet in this time (--days reaches further)."]
     for drift in figures["drift"]:
         if drift["p_value"] is None:
             continue
@@ -194,7 +229,7 @@ def _lines(figures: dict[str, Any]) -> list[str]:
             f"{drift['series'][:32]:32} {drift['what']} against {drift['reference']}: {verdict} "
             f"(p = {drift['p_value']:.2g}, alarm below {drift['alpha']:.2g})"
         )
-    return lines
+    return [*lines, drift_summary(figures["drift"])]
 
 
 def _told(value: float | None, form: str, unit: str = "") -> str:

@@ -31,23 +31,19 @@ _SCHEMA = sa.Table(
 )
 
 
-def open_database(url: str) -> sa.Engine:
+def open_database(url: str, *, create: bool = True) -> sa.Engine:
     """Connect to a database.
 
     Args:
-        url: a path (SQLite, made if it is not there), or a URL of SQLAlchemy such as
-            `postgresql://user@host/name`.
+        url: a path (SQLite), or a URL of SQLAlchemy such as `postgresql://user@host/name`.
+        create: make the file of SQLite if it is not there; never its directory.
 
     Raises:
-        ConfigError: it cannot be opened; the message holds no password.
+        ConfigError: it cannot be opened, or is not there; the message holds no password.
     """
     address = _address(url)
-    try:
-        if "://" not in url:
-            Path(url).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(address, pool_pre_ping=True)
-    except OSError as error:
-        raise ConfigError(f"The database `{url}` cannot be made: {error.strerror}.") from None
+    _check_file(address, create)
+    engine = sa.create_engine(address, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _set_up_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
@@ -58,6 +54,32 @@ def open_database(url: str) -> sa.Engine:
         shown = address.set(query={}).render_as_string(hide_password=True)
         raise ConfigError(f"The database `{shown}` cannot be opened: {cause}.") from None
     return engine
+
+
+def _check_file(address: sa.URL, create: bool) -> None:
+    """Whether the file of SQLite is there, or can be made: SQLite itself says neither."""
+    path = address.database
+    if address.get_backend_name() != "sqlite" or path in (None, "", ":memory:"):
+        return
+    assert path is not None
+    if path.startswith("file:"):
+        return  # a URI of SQLite, which has its own modes
+    if not create and not Path(path).exists():
+        raise ConfigError(f"There is no database `{path}`.")
+    if not Path(path).parent.is_dir():
+        raise ConfigError(
+            f"The database `{path}` cannot be made: its directory is not there.",
+            hint=f"mkdir -p {Path(path).parent}",
+        )
+
+
+def holds(engine: sa.Engine, component: str) -> bool:
+    """Whether a component has tables in the database."""
+    with reading(engine) as connection:
+        if not sa.inspect(connection).has_table(_SCHEMA.name):
+            return False
+        query = sa.select(_SCHEMA.c.version).where(_SCHEMA.c.component == component)
+        return connection.scalar(query) is not None
 
 
 def _address(url: str) -> sa.URL:

@@ -111,3 +111,23 @@ def test_nothing_said_is_nothing_assumed() -> None:
 def test_a_wrong_value_is_named(settings: MeterSettings, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         prepare(settings, gpu_names=[])
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("global_energy_mix.json", None),
+        ("global_energy_mix.json", "{"),
+        ("global_energy_mix.json", '{"FRA": {}}'),
+        ("cloud_impact.csv", None),
+        ("cloud_impact.csv", "provider,region\naws,x"),
+        ("cloud_impact.csv", "provider,region,impact,country,source\naws,x,much,FR,"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path: Path, file: str, text: str | None) -> None:
+    (tmp_path / "cpu_power.csv").write_text("Name,TDP\n")
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    place = {"country": "FRA"} if file.endswith("json") else {"cloud_region": "aws/x"}
+    with pytest.raises(ConfigError, match=file):
+        intensity(tables=tmp_path, **place)

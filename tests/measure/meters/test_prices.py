@@ -291,3 +291,31 @@ def test_providers_are_known_by_their_address() -> None:
     assert provider_of("https://api.openai.com/v1") == "openai"
     assert provider_of("http://127.0.0.1:8000/v1") == ""
     assert provider_of("https://api.openai.com.example/v1") == ""
+
+
+def test_what_broke_off_may_have_been_billed() -> None:
+    for error_class, usd in (
+        ("timeout", None), ("cut", None), ("server", None), ("protocol", None),
+        ("http_429", 0.0), ("connect", 0.0),
+    ):  # fmt: skip
+        one = row()
+        one.error_class = error_class
+        assert cost(one, PLAIN).usd == usd
+    # A server that counts cached tokens apart: no request has a negative number of fresh ones.
+    assert cost(row(n_in=10, n_cached=40, n_out=0), PLAIN).usd == pytest.approx(10 * 0.5e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["x"]',
+        '{"m": "x"}',
+        '{"m": {"input_cost_per_token": 1, "output_cost_per_token": 2, "mode": "chat"}}',
+        '{"m": {"input_cost_per_token": "a", "output_cost_per_token": 2, "litellm_provider": "p"}}',
+        "{",
+    ],
+)
+def test_a_damaged_list_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokencost_model_prices.json").write_text(text)
+    with pytest.raises(ConfigError, match="tokencost_model_prices"):
+        load(None, tmp_path)

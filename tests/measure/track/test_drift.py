@@ -82,6 +82,8 @@ def test_a_change_is_found() -> None:
 
 
 def test_nothing_to_compare() -> None:
+    rare = {"x": Counter(a=192, b=9)}, {"x": Counter(a=96, c=9)}  # fewer than 10 are expected
+    assert first_token_drift(*rare) is None
     assert first_token_drift({}, {"x": Counter("aab")}) is None
     assert first_token_drift({"x": Counter("a" * 99)}, {"x": Counter("a" * 99)}) is None
     assert answer_drift({"x": Counter(["a"])}, {}) is None

@@ -8,6 +8,7 @@ mlco2's `cloud_impact.csv` once, before the run; its header keeps the figure and
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,17 @@ def grams(joules: float | None, settings: dict[str, Any]) -> Carbon:
 
 def _of_country(country: str, file: Path) -> dict[str, Any]:
     wanted = country.strip().casefold()
-    for code, entry in json.loads(file.read_text(encoding="utf-8")).items():
-        if wanted in (code.casefold(), entry["country_name"].casefold()):
-            told = (
-                f"{entry['carbon_intensity']:g} g/kWh, {entry['country_name']} {entry['year']}, "
-                "yearly average"
-            )
-            return _said(entry["carbon_intensity"], power_table.file_source(file), told)
+    text = power_table.read(file)
+    try:
+        for code, entry in json.loads(text).items():
+            if wanted in (code.casefold(), entry["country_name"].casefold()):
+                told = (
+                    f"{entry['carbon_intensity']:g} g/kWh, {entry['country_name']} "
+                    f"{entry['year']}, yearly average"
+                )
+                return _said(entry["carbon_intensity"], power_table.file_source(file), told)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"`{file}` is no table of countries: {error!r}.") from None
     raise ConfigError(
         f"`--country` is `{country}`, which `{COUNTRY_FILE}` does not have.",
         hint="give an ISO 3166 code of three letters, such as DEU, or the English name",
@@ -97,15 +102,17 @@ def _of_country(country: str, file: Path) -> dict[str, Any]:
 
 def _of_region(region: str, file: Path) -> dict[str, Any]:
     provider, _, name = region.casefold().partition("/")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    for row in rows:
-        if name and (row["provider"].casefold(), row["region"].casefold()) == (provider, name):
-            told = (
-                f"{float(row['impact']):g} g/kWh, {row['provider']}/{row['region']} "
-                f"({row['country']}); {row['source'].strip() or 'the table names no source'}"
-            )
-            return _said(float(row["impact"]), power_table.file_source(file), told)
+    rows = csv.DictReader(io.StringIO(power_table.read(file), newline=""))
+    try:
+        for row in rows:
+            if name and (row["provider"].casefold(), row["region"].casefold()) == (provider, name):
+                told = (
+                    f"{float(row['impact']):g} g/kWh, {row['provider']}/{row['region']} "
+                    f"({row['country']}); {row['source'].strip() or 'the table names no source'}"
+                )
+                return _said(float(row["impact"]), power_table.file_source(file), told)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"`{file}` is no table of cloud regions: {error!r}.") from None
     raise ConfigError(
         f"`--cloud-region` is `{region}`, which `{REGION_FILE}` does not have.",
         hint="write PROVIDER/REGION, such as aws/eu-west-3, gcp/us-central1 or azure/westeurope",

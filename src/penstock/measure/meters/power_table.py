@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +71,20 @@ def file_source(file: Path) -> str:
     return f"{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]})"
 
 
+def read(file: Path) -> str:
+    """The text of a table.
+
+    Raises:
+        ConfigError: it is not there, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"`{file}` cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"`{file}` is not UTF-8.") from None
+
+
 def _find(
     name: str, key: str, file: Path, noise: re.Pattern[str], name_field: str, watts_field: str
 ) -> Match:
@@ -103,11 +118,10 @@ def _table(
 ) -> dict[str, list[tuple[str, str]]]:
     """Entries (name, watts) by normalised name, as they are written: one has two decimal points."""
     table: dict[str, list[tuple[str, str]]] = {}
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        if not {name_field, watts_field} <= set(reader.fieldnames or ()):
-            raise ConfigError(f"`{file}` has no columns `{name_field}` and `{watts_field}`.")
-        for row in reader:
-            entry = row[name_field]
-            table.setdefault(noise.sub("", entry.lower()), []).append((entry, row[watts_field]))
+    reader = csv.DictReader(io.StringIO(read(file), newline=""))
+    if not {name_field, watts_field} <= set(reader.fieldnames or ()):
+        raise ConfigError(f"`{file}` has no columns `{name_field}` and `{watts_field}`.")
+    for row in reader:
+        entry = row[name_field]
+        table.setdefault(noise.sub("", entry.lower()), []).append((entry, row[watts_field]))
     return table

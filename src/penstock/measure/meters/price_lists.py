@@ -82,7 +82,10 @@ def read_lists(folder: Path) -> list[Price]:
     prices: list[Price] = []
     for name, file in _JSON_FILES.items():
         if (folder / file).is_file():
-            prices += _of_litellm(name, _json(folder / file), dates.get(file))
+            try:
+                prices += _of_litellm(name, _json(folder / file), dates.get(file))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"`{folder / file}` is no list of {name}: {error!r}.") from None
     for file_path in sorted((folder / LLM_PRICES).glob("*.json")):
         as_of = dates.get(f"{LLM_PRICES}/{file_path.name}")
         try:

@@ -164,6 +164,8 @@ def cost(row: Request, price: Price | NoPrice) -> Cost:
         return Cost(usd=None, explanation=price.reason)
     if row.error_class is not None and row.error_class.startswith(_NOT_BILLED):
         return Cost(usd=0.0, explanation=f"refused ({row.error_class}): not billed")
+    if row.error_class is not None:
+        return Cost(usd=None, explanation=f"broke off ({row.error_class}): it may have been billed")
     if row.n_in is None or row.n_out is None or row.count_source in ("chunks", "none"):
         return Cost(usd=None, explanation="nobody told the tokens")
     usd_in, usd_out = price.usd_in_per_million, price.usd_out_per_million
@@ -173,7 +175,7 @@ def cost(row: Request, price: Price | NoPrice) -> Cost:
         if row.n_in > tier.above_tokens:
             usd_in, usd_out = tier.usd_in_per_million, tier.usd_out_per_million
             usd_cached = tier.usd_cached_in_per_million
-    num_cached = row.n_cached or 0
+    num_cached = min(row.n_cached or 0, row.n_in)
     num_reasoning = 0
     if usd_reasoning is not None:
         if row.n_reasoning is None:

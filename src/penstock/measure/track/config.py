@@ -47,8 +47,8 @@ class Alarm(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """When a series counts as changed."""
 
     false_alarms_per_year: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # of the whole tracker
-    window_slots: Positive = 24  # the newest slots, which are compared
-    reference_slots: Positive = 48  # the first ones, where a series has no reference of its own
+    window_slots: Positive = 48  # the newest slots, which are compared
+    reference_slots: Positive = 96  # the first ones, where a series has no reference of its own
 
 
 class Model(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

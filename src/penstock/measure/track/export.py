@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from penstock.errors import ConfigError
 from penstock.measure.environment import redact_text
 from penstock.measure.meters import prices
 from penstock.measure.meters.price_lists import Price
 from penstock.measure.records import Arm, Header, Mark, Record, Request
 from penstock.measure.run import Writer, new_header
 from penstock.measure.track.config import Config, Model, Provider
+from penstock.measure.track.figures import figures, sentence
 from penstock.measure.track.probe import CANARY, FIRST_TOKEN
 from penstock.measure.track.schedule import per_year, slots_of
 from penstock.measure.track.tables import Book
@@ -79,24 +82,41 @@ def _first_canaries(book: Book, series: str, before: int, num_slots: int) -> lis
     """The canaries of the first slots of a series in which one was answered."""
     found: list[Request] = []
     answered: set[int] = set()
-    for slot, row in book.oldest_requests(series, before):
-        if row.task not in (CANARY, FIRST_TOKEN) or not row.ok:
-            continue
-        if len(answered) == num_slots and slot not in answered:
-            break
-        if row.task == CANARY:
-            answered.add(slot)
-        row.stage = str(slot)
-        found.append(row)
+    with closing(book.oldest_requests(series, before)) as rows:
+        for slot, row in rows:
+            if row.task not in (CANARY, FIRST_TOKEN) or not row.ok:
+                continue
+            if len(answered) == num_slots and slot not in answered:
+                break
+            if row.task == CANARY:
+                answered.add(slot)
+            row.stage = str(slot)
+            found.append(row)
     return [row for row in found if int(row.stage) in answered]
 
 
 def export(config: Config, book: Book, since: int, directory: Path | None) -> Path:
-    """Write a run of what was tracked; its directory."""
+    """Write a run of what was tracked; its directory.
+
+    Raises:
+        ConfigError: there is no slot since then, or the directory cannot be written.
+    """
+    records = records_of(config, book, since)
+    if not any(isinstance(record, Mark) for record in records):
+        raise ConfigError("The database has no slot in this time.", hint="--days reaches further")
     with Writer(header_of(config, since), directory) as writer:
-        for record in records_of(config, book, since):
+        for record in records:
             writer.add(record)
         return writer.path
+
+
+def alarms(config: Config, book: Book, now: float) -> list[str]:
+    """The alarms of the newest slots, a sentence each."""
+    slots_a_year = per_year(slots_of(config.schedule), int(now))
+    window_s = config.alarm.window_slots / slots_a_year * 366 * 86400
+    since = int(now - 3 * window_s)  # slots that were missed do not count
+    found, _ = figures(header_of(config, since), records_of(config, book, since))
+    return [sentence(drift) for drift in found["drift"] if drift["alarm"]]
 
 
 def price_facts(config: Config) -> Callable[[Provider, Model], dict[str, Any]]:

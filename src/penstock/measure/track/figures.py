@@ -24,12 +24,15 @@ from penstock.measure.track.probe import CANARY, FIRST_TOKEN, SPEED
 from penstock.measure.track.states import FAILED
 
 FORMULAS = {
-    "ttft_s": "from sending to the first token; p99 is the slow tail",
-    "tokens_per_s": "n_out / e2e of each request whose tokens were counted; p10 is the slow tail",
-    "decode_tokens_per_s": "1 / tpot_s of each request",
+    "ttft_s": "time to first token: from sending to the first token; p99 is the slow tail",
+    "tokens_per_s": "tokens of an answer / its time from sending to its end, where the server "
+    "counts tokens; p10 is the slow tail",
+    "decode_tokens_per_s": "1 / tpot_s of each answer",
     "availability": "mean over slots of answered / (answered + failed); 0 for a slot in which the "
-    "provider could not be reached; refusals for the rate and missed slots are not in it",
-    "usd_per_1m_output_tokens": "the cost of all answers of a cell / their output tokens * 1e6",
+    "provider could not be reached; refusals for the rate (429), requests that were cut off with "
+    "the tracker, and missed slots are not in it",
+    "usd_per_1m_output_tokens": "all that a cell's answers cost, input included, at the price of "
+    "their slot / their output tokens * 1e6",
 }
 _SLOWEST = 0.1  # of speeds, where small is bad
 
@@ -65,9 +68,7 @@ def _series(slots: Sequence[Mark], rows: Sequence[Request]) -> dict[str, Any]:
     cells: dict[tuple[int, int, int], list[Request]] = defaultdict(list)
     for row in rows:
         if row.task == SPEED:
-            details = row.details
-            shape = (details["input_tokens"], details["output_tokens"], details["concurrency"])
-            cells[shape].append(row)
+            cells[_shape(row)].append(row)
     told = [mark.facts for mark in slots if "price" in mark.facts]
     return {
         "slots": dict(sorted(states.items())),
@@ -76,8 +77,14 @@ def _series(slots: Sequence[Mark], rows: Sequence[Request]) -> dict[str, Any]:
         "no_price": told[-1].get("no_price") if told else None,
         **_failures(rows, silent),
         "cells": [_cell(shape, cells[shape], prices, silent) for shape in sorted(cells)],
-        "by_slot": _by_slot(rows),
+        "by_slot": _by_slot(cells),
     }
+
+
+def _shape(row: Request) -> tuple[int, int, int]:
+    """The cell of a speed request."""
+    details = row.details
+    return details["input_tokens"], details["output_tokens"], details["concurrency"]
 
 
 def _reasons(slots: Sequence[Mark]) -> dict[str, int]:
@@ -164,15 +171,16 @@ def _marks(values: Sequence[float | None], marks: Sequence[float]) -> dict[str, 
     return {"n": len(there), **found}
 
 
-def _by_slot(rows: Sequence[Request]) -> list[dict[str, Any]]:
-    """The time series: medians of a slot's speed requests."""
-    slots: dict[int, list[Request]] = defaultdict(list)
-    for row in rows:
-        if row.task == SPEED:
-            slots[int(row.stage)].append(row)
+def _by_slot(cells: Mapping[tuple[int, int, int], Sequence[Request]]) -> list[dict[str, Any]]:
+    """The time series: medians of a slot's requests of a cell; cells are not comparable."""
+    slots: dict[tuple[tuple[int, int, int], int], list[Request]] = defaultdict(list)
+    for shape, rows in cells.items():
+        for row in rows:
+            slots[shape, int(row.stage)].append(row)
     return [
         {
-            "slot": slot,
+            "slot": slot[1],
+            **dict(zip(("input_tokens", "output_tokens", "concurrency"), slot[0], strict=True)),
             "n": len(slots[slot]),
             "num_ok": sum(row.ok for row in slots[slot]),
             "ttft_s": _marks([ttft_s(row) for row in slots[slot] if row.ok], (0.5,))["p50"],
@@ -240,3 +248,21 @@ def _counts(rows: Iterable[Request], task: str, slots: set[int]) -> dict[str, Co
         if row.task == task and row.ok and row.output is not None and int(row.stage) in slots:
             counts[row.prompt_hash][row.output] += 1
     return counts
+
+
+def drift_summary(drifts: Sequence[Mapping[str, Any]]) -> str:
+    """What the tests say together; that nothing was found is told only of what was tested."""
+    if alarms := [drift for drift in drifts if drift["alarm"]]:
+        told = "; ".join(sentence(drift) for drift in alarms)
+        return f"{len(alarms)} alarm{'s' if len(alarms) > 1 else ''}: {told}."
+    tested = {drift["series"] for drift in drifts if drift["p_value"] is not None}
+    waiting = sorted({drift["series"] for drift in drifts} - tested)
+    if not tested:
+        return "Drift: not enough slots yet to compare a series with its reference."
+    told = "No series has drifted from its reference."
+    return f"{told} Not enough slots yet to tell of {', '.join(waiting)}." if waiting else told
+
+
+def sentence(drift: Mapping[str, Any]) -> str:
+    """An alarm in words."""
+    return f"{drift['what']} of {drift['series']} differ from {drift['reference']}"

@@ -13,17 +13,12 @@ from penstock.measure.report.axes import Axis
 from penstock.measure.report.page import Section, document, listing, provenance
 from penstock.measure.report.tables import Absent, Column, Marked, table
 from penstock.measure.report.units import percent
+from penstock.measure.track.figures import drift_summary
 
 
 def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) -> str:
     """HTML of the figures of `track.figures`."""
     series = figures["series"]
-    alarms = [drift for drift in figures["drift"] if drift["alarm"]]
-    summary = (
-        [f"{len(alarms)} alarms: " + "; ".join(_sentence(drift) for drift in alarms) + "."]
-        if alarms
-        else ["No series has drifted from its reference."]
-    )
     formulas = [f"{name}: {formula}" for name, formula in figures["formulas"].items()]
     return document(
         "Providers over time",
@@ -34,12 +29,8 @@ def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) 
             Section("Drift", [_drift(figures["drift"])]),
             provenance(header),
         ],
-        summary=summary,
+        summary=[drift_summary(figures["drift"])],
     )
-
-
-def _sentence(drift: Mapping[str, Any]) -> str:
-    return f"{drift['what']} of {drift['series']} differ from {drift['reference']}"
 
 
 def _few(marks: Mapping[str, Any], name: str) -> Any:
@@ -86,7 +77,16 @@ def _cells(series: Mapping[str, Any]) -> str:
         for name, one in series.items()
         for cell in one["cells"]
     ]
+    rows += [_silent(name, one, len(columns)) for name, one in series.items() if not one["cells"]]
     return table(columns, rows, caption="Of the answers that came")
+
+
+def _silent(name: str, one: Mapping[str, Any], num_columns: int) -> list[Any]:
+    """A series of which no speed was measured: it is a row all the same."""
+    share = one["availability"]
+    shown = Absent("not probed") if share is None else percent(share)
+    none: list[Any] = [Absent("no request could be made")] * (num_columns - 3)
+    return [name, *none, shown, Absent("no answer")]
 
 
 def _price(cell: Mapping[str, Any], one: Mapping[str, Any]) -> Any:
@@ -101,21 +101,33 @@ def _timelines(series: Mapping[str, Any]) -> list[str]:
     begin = min(starts)
     note = f"from {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M} UTC; medians of a slot"
 
-    def lines(name: str) -> list[plots.Series]:
-        return [
-            plots.Series(title, [((p["slot"] - begin) / 3600, p[name]) for p in one["by_slot"]])
-            for title, one in series.items()
-        ]
-
     hours = Axis("time", "h")
-    return [
-        plots.line(
-            lines("ttft_s"), hours, Axis("TTFT", "s"), title="Time to first token", note=note
-        ),
-        plots.line(
-            lines("tokens_per_s"), hours, Axis("tokens/s"), title="Tokens per second", note=note
-        ),
-    ]
+    drawn: list[str] = []
+    # What is asked differs from cell to cell, so each has a plot of its own.
+    for shape in sorted({_shape(point) for one in series.values() for point in one["by_slot"]}):
+        for name, axis, title in (
+            ("ttft_s", Axis("TTFT", "s"), "Time to first token"),
+            ("tokens_per_s", Axis("tokens/s"), "Tokens per second"),
+        ):
+            lines = [
+                plots.Series(who, points)
+                for who, one in series.items()
+                if (points := _points(one["by_slot"], shape, name, begin))
+            ]
+            asked = f"{shape[0]} tokens in, {shape[1]} out, {shape[2]} at once"
+            drawn.append(plots.line(lines, hours, axis, title=f"{title}: {asked}", note=note))
+    return drawn
+
+
+def _shape(point: Mapping[str, Any]) -> tuple[int, int, int]:
+    return point["input_tokens"], point["output_tokens"], point["concurrency"]
+
+
+def _points(
+    slots: Sequence[Mapping[str, Any]], shape: tuple[int, int, int], name: str, begin: int
+) -> list[tuple[float, float | None]]:
+    there = (point for point in slots if _shape(point) == shape)
+    return [((point["slot"] - begin) / 3600, point[name]) for point in there]
 
 
 def _failures(series: Mapping[str, Any]) -> str:

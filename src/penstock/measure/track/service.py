@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class Tracker:
         book: tables.Book,
         *,
         price_facts: Callable[[Provider, Model], dict[str, Any]],
+        alarms: Callable[[], Collection[str]] = list,
         connect: Connect = connect_endpoint,
         say: Say = lambda text: None,
         now: Callable[[], float] = time.time,
@@ -108,12 +109,15 @@ class Tracker:
 
         Args:
             price_facts: what a series costs today, to be kept with each slot; {} if not known.
+            alarms: which there are now; called in a thread after each slot.
             say: is told of every slot, a line.
             now: seconds since 1970.
         """
         self._config = config
         self._book = book
         self._price_facts = price_facts
+        self._alarms = alarms
+        self._announced: Collection[str] = ()
         self._connect = connect
         self._say = say
         self._now = now
@@ -165,6 +169,11 @@ class Tracker:
         random.Random(scheduled_at).shuffle(order)
         for provider, model in order:
             await self._probe_series(provider, model, scheduled_at)
+        there = await asyncio.to_thread(self._alarms)
+        for alarm in there:
+            if alarm not in self._announced:
+                self._say(f"ALARM: {alarm}")
+        self._announced = there
 
     async def _probe_series(self, provider: Provider, model: Model, scheduled_at: int) -> None:
         name = f"{provider.name}/{model.name}"
@@ -198,8 +207,11 @@ class Tracker:
             self._book.close_slot(slot_id, state, reason or None)
         for one in kept:
             one.result()
+        if state == states.FAILED and not any(counts.values()):
+            self._say(f"{name}: slot failed before a request was sent: {reason}")
+            return
         told = f": {reason}" if reason else ""
-        self._say(f"{name}: {state}, {counts['ok']} answered, {counts['failed']} failed{told}")
+        self._say(f"{name}: slot {state}; {counts['ok']} answered, {counts['failed']} not{told}")
 
     async def _ask(self, provider: Provider, model: Model, seed: str, write: Write) -> None:
         target = await self._connect(provider, model, self._config.probe.timeout_s)

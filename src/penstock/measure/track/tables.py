@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,6 +24,7 @@ from penstock.measure.track.states import INTERRUPTED, MISSED, RUNNING
 from penstock.storage.database import migrate, reading
 
 LONGEST_SLOT_S = 86400.0  # what another machine began longer ago has been given up
+COMPONENT = "track"
 STOPPED = "the tracker was stopped in it"
 
 _METADATA = sa.MetaData()
@@ -73,7 +74,7 @@ class Book:
     """Slots and requests of a database."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        migrate(engine, "track", MIGRATIONS)
+        migrate(engine, COMPONENT, MIGRATIONS)
         self._engine = engine
         self._host = socket.gethostname()
 
@@ -193,7 +194,7 @@ class Book:
                 for row in connection.execute(query)
             ]
 
-    def requests(self, since: int = 0) -> Iterator[tuple[int, Request]]:
+    def requests(self, since: int = 0) -> Generator[tuple[int, Request], None, None]:
         """(slot id, request) of the slots from a moment on, in the order they were made."""
         query = (
             sa.select(REQUESTS.c.slot_id, REQUESTS.c.record)
@@ -203,7 +204,9 @@ class Book:
         )
         yield from self._requests(query)
 
-    def oldest_requests(self, series: str, before: int) -> Iterator[tuple[int, Request]]:
+    def oldest_requests(
+        self, series: str, before: int
+    ) -> Generator[tuple[int, Request], None, None]:
         """(when its slot was, request) of a series before a moment, the oldest slots first."""
         query = (
             sa.select(SLOTS.c.scheduled_at, REQUESTS.c.record)
@@ -215,6 +218,9 @@ class Book:
 
     def _requests(self, query: sa.Select[Any]) -> Iterator[tuple[int, Request]]:
         decode = msgspec.json.Decoder(Request).decode
-        with reading(self._engine) as connection:
-            for number, record in connection.execution_options(yield_per=500).execute(query):
+        with (
+            reading(self._engine) as connection,
+            connection.execution_options(yield_per=500).execute(query) as found,
+        ):
+            for number, record in found:
                 yield number, decode(record)
