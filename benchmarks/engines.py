@@ -25,8 +25,9 @@ from benchmarks.peers.shapes import SHAPES
 from benchmarks.startup import write_model
 from benchmarks.verdict import CPU_WATTS
 from penstock.measure.engines.page import text_table
-from penstock.measure.engines.session import Options, run_session
+from penstock.measure.engines.session import Options, Session
 from penstock.measure.engines.workload import Length, Work, trace_lengths
+from penstock.measure.kinds import finish
 from penstock.measure.meters.settings import MeterSettings
 from penstock.measure.run import Run
 
@@ -127,7 +128,7 @@ def main() -> int:
     told = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (model / "tokenizer_config.json").write_text(json.dumps(told))
     stages, trace = works(options)
-    session = Options(
+    asked = Options(
         command="benchmarks.engines",
         arms=arms(options, model),
         works=stages,
@@ -141,7 +142,10 @@ def main() -> int:
         meters=MeterSettings(cpu_watts=options.cpu_watts),
         facts={"trace": trace},
     )
-    path, made = asyncio.run(run_session(session, say=lambda line: print(line, file=sys.stderr)))
+    session = Session(asked)
+    asyncio.run(session.run(lambda line: print(line, file=sys.stderr)))
+    assert session.path is not None
+    path, made = session.path, finish(session.path)
     header = Run(path).header
     places = {str(options.work_dir): "WORK", str(options.llama_server): "llama-server"}
     figures = {

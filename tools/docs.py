@@ -116,6 +116,79 @@ def peers() -> str:
     return report.table(_load("peers")["figures"]["rows"], cells.all_titles(quick=False))
 
 
+def measuring() -> str:
+    """What measuring itself costs and how exact it is: results/load_client.json."""
+    rows = {row["event_loop"]: row for row in _load("load_client")["figures"]["rows"]}
+    lines = ["| the load generator's client, one core | asyncio | uvloop |", "|---|---|---|"]
+    rates = [run["rate_asked_per_s"] for run in rows["uvloop"]["open_loop"]]
+    for index, rate in enumerate(rates):
+        cells = []
+        for row in rows.values():
+            queue = row["open_loop"][index]["queue_ms"]
+            cells.append(f"{queue['p50']:.2f} / {queue['p99']:.2f} ms")
+        lines.append(f"| late at {rate:,} requests/s (median / p99) | {' | '.join(cells)} |")
+    errors = [
+        " / ".join(f"{_middle([run[mark] for run in row['timer_error_ms']]):.2f}" for mark in MARKS)
+        for row in rows.values()
+    ]
+    cells = [f"{error} ms" for error in errors]
+    lines.append(f"| timer error at 200 streams (median / p99) | {' | '.join(cells)} |")
+    costs = [row["closed_loop"]["cpu_us_per_answer"]["ours"]["median"] for row in rows.values()]
+    ratios = [row["closed_loop"]["httpx_over_ours"]["median"] for row in rows.values()]
+    cells = [f"{cost:.0f} us; {ratio:.1f}x" for cost, ratio in zip(costs, ratios, strict=True)]
+    lines.append(f"| CPU time of a short streamed answer; httpx takes | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+MARKS = ("p50", "p99")
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def verdicts() -> str:
+    """brook in bfloat16 against its formats: results/verdict-brook-*.json."""
+    lines = ["| brook in bf16 against | verdict |", "|---|---|"]
+    for name in ("int8", "int4"):
+        overall = _load(f"verdict-brook-{name}")["figures"]["overall"]
+        lines.append(f"| {name} | {overall['sentence']} |")
+    return "\n".join(lines)
+
+
+def engines() -> str:
+    """Our server beside other engines' over HTTP: results/engines.json."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from penstock.measure.report.units import quantity
+
+    figures = _load("engines")["figures"]
+    names = list(figures["arms"])
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for row in figures["rows"]:
+        if row["figure"] not in SHOWN_OF_ENGINES:
+            continue
+        cells = []
+        for name in names:
+            cell = row["arms"][name]
+            told = "-" if cell is None else quantity(cell["median"], row["unit"])
+            if cell is not None and name != figures["first"] and cell["ratio"] is not None:
+                told += f" ({cell['ratio']:.2f}x)"
+            cells.append(told)
+        what = f"{row['stage']}: {SHOWN_OF_ENGINES[row['figure']]}"
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SHOWN_OF_ENGINES = {
+    "total_s": "process made to first token",
+    "ttft_s": "time to first token",
+    "decode_tokens_per_s": "decode",
+    "output_tokens_per_s": "output",
+    "total_tokens_per_s": "input and output",
+    "peak_rss_bytes": "peak resident",
+}
+
+
 def gpu() -> str:
     """What was measured on a GPU, and what still waits for one: results/gpu-*.json."""
     sys.path.insert(0, str(ROOT))
@@ -222,6 +295,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "quantization": ("docs/cpu.md", quantization),
     "peers": ("README.md", peers),
     "gpu": ("docs/gpu-benchmarks.md", gpu),
+    "measuring": ("docs/measure/client.md", measuring),
 }
 
 

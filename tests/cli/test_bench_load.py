@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
+from penstock.cli import bench_print
 from penstock.cli.bench import command
 from penstock.errors import ConfigError
+from penstock.measure import kinds
+from penstock.measure.load import tokens
 from penstock.measure.load.settings import LoadSettings, check
 from penstock.measure.run import Run
 
@@ -49,8 +53,10 @@ def test_an_address_alone_is_serve(server: Scripted, tmp_path: Path) -> None:
     load = ["--concurrency", "2", "--num-prompts", "12", *QUICK]
     result = run(server.url, *load, "--slo", "ttft_p95=5s,e2e=9s", path=path)
     assert result.return_value == 0, result.output
-    for text in ("12 of 12 answered", "ttft_from_due_s", "kept", "100 %", "report.html"):
+    for text in ("12 of 12 answered", "time to first token, from due", "kept", "100 %"):
         assert text in result.stdout
+    assert result.stderr.splitlines()[0].startswith("Connecting to 127.0.0.1:")
+    assert result.stderr.splitlines()[-1] == f"report: {path / 'report.html'}"
     page = (path / "report.html").read_text()
     for text in ("What it came to", "Over time", "e2e_from_due_s", "t_done - t_due", "svg"):
         assert text in page
@@ -72,10 +78,10 @@ def test_options_may_come_first_and_figures_are_json(server: Scripted, tmp_path:
     assert found["run"] == str(tmp_path / "run")
 
 
-def test_a_broken_limit_is_exit_status_1(server: Scripted, tmp_path: Path) -> None:
+def test_a_broken_limit_is_exit_status_4(server: Scripted, tmp_path: Path) -> None:
     load = ["--concurrency", "1", "--num-prompts", "3", *QUICK]
     result = run(server.url, *load, "--slo", "ttft_p50=1us", path=tmp_path / "run")
-    assert result.return_value == 1, result.exc_info
+    assert result.return_value == 4, result.exc_info
     assert "broken" in result.stdout
 
 
@@ -193,18 +199,169 @@ def test_what_does_not_go_together_is_one_sentence(options: dict[str, Any], sent
         (["--rates", "1", "--concurrencies", "1"], "exclude one another"),
         (["--concurrency", "3"], "`--concurrency` is one load"),
         (["--request-rate", "3"], "where a search"),
+        (["--request-rate", "3", "--slo", "ttft=1s"], "where a search"),
+        (["--request-rate", "inf", "--num-prompts", "3", "--slo", "ttft_p95=1s"], "cannot begin"),
+        (["--rates", "4,4.0"], "a number twice"),
+        (["--concurrencies", "0.3"], "no list of whole numbers"),
+        (["--rates", "1,2", "--precision", "0.1"], "`--precision` goes with a search"),
+        (["--most-rate", "5"], "`--most-rate` goes with a search"),
+        (["--slo", "ttft_p95=1s", "--most-rate", "nan"], "`--most-rate nan`"),
+        (["--slo", "ttft_p95=1s", "--most-clients", "4"], "`--most-clients` goes with a sweep"),
     ],
 )
 def test_what_a_sweep_cannot_be(options: list[str], sentence: str) -> None:
     result = run("sweep", "http://127.0.0.1:1", *options)
-    assert isinstance(result.exception, ConfigError)
+    assert isinstance(result.exception, click.UsageError)
     assert sentence in result.exception.message
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["http://127.0.0.1:1", "--timeout", "nan"], "`--timeout nan`"),
+        (["http://127.0.0.1:1", "--timeout", "-1"], "`--timeout -1`"),
+        (["http://127.0.0.1:1", "--idle", "-5"], "`--idle -5`"),
+        (["http://127.0.0.1:1", "--idle", "5", "--meter-interval", "0"], "measures nothing"),
+        (["http://127.0.0.1:1", "--duration", "inf"], "would never end"),
+        (["brook", "--api-key-env", "HOME"], "`--api-key-env` goes with a URL"),
+        (["brook", "--header-env", "a=HOME"], "`--header-env` goes with a URL"),
+        (["http://127.0.0.1:1", "--header-env", "a=NOT_SET"], "`NOT_SET` is not set"),
+        (["http://127.0.0.1:1", "--header-env", "SECRET"], "is no `NAME=VARIABLE`"),
+        (["http://127.0.0.1:1", "--request-rate", "4", "--concurrency", "4"], "exclude"),
+        (["http://127.0.0.1:1", "--request-rate", "0"], "`--request-rate 0` is not more than 0"),
+        (["http://127.0.0.1:1", "--slo", "ttft_p95=0.5"], "has no unit"),
+        (["http://127.0.0.1:1", "--slo", "ttft_p95=5mss"], "has the unit `mss`"),
+        (["http://127.0.0.1:1", "--trace", "none.csv"], "cannot be read: No such file"),
+        (["http://127.0.0.1:1", "--tokenizer", "none"], "`--tokenizer none` is no file"),
+        (["localhost:8000"], "did you mean `http://localhost:8000`?"),
+    ],
+)
+def test_what_a_session_cannot_be(options: list[str], sentence: str) -> None:
+    result = run(*options)
+    assert isinstance(result.exception, click.UsageError)
+    assert sentence in result.exception.message
+    assert result.exception.exit_code == 2
+
+
+def test_a_directory_that_holds_a_run_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    result = run("http://127.0.0.1:1", path=tmp_path)
+    assert isinstance(result.exception, click.UsageError)
+    assert "holds a run already" in result.exception.message
+
+
+def test_prompts_beyond_the_context_are_refused_before_the_load(
+    server: Scripted, tmp_path: Path
+) -> None:
+    server.configure(max_model_len=1024)
+    result = run(server.url, "--random-input-len", "5000", path=tmp_path / "run")
+    assert isinstance(result.exception, click.UsageError)
+    assert "`5128` tokens do not fit into the context of" in result.exception.message
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_shorter_than_was_fixed_are_told(server: Scripted, tmp_path: Path) -> None:
+    server.configure(ttft_s=0.005, tpot_s=0.001, answer="one two three")
+    load = ["--concurrency", "1", "--num-prompts", "4", *QUICK, "--json"]
+    found = told(run(server.url, *load, path=tmp_path / "run"))
+    (note,) = [note for note in found["figures"]["notes"] if "ignore_eos" in note]
+    assert note.startswith("4 of 4 answers have not the length that was fixed (3 of 4 tokens")
+
+
+def test_a_header_comes_from_the_environment_and_stays_there(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.configure(ttft_s=0.005, tpot_s=0.001)
+    monkeypatch.setenv("MY_GATEWAY", "gate-way-value-1")
+    load = ["--concurrency", "1", "--num-prompts", "2", *QUICK]
+    result = run(server.url, *load, "--header-env", "api-key=MY_GATEWAY", path=tmp_path / "run")
+    assert result.return_value == 0, result.exc_info
+    assert {entry["headers"]["api-key"] for entry in server.log()} == {"gate-way-value-1"}
+    for file in (tmp_path / "run").iterdir():
+        assert b"gate-way-value-1" not in file.read_bytes()
+
+
+def test_variables_of_a_server_do_not_change_a_load(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.configure(ttft_s=0.005, tpot_s=0.001)
+    monkeypatch.setenv("PENSTOCK_MODEL", "another")
+    monkeypatch.setenv("PENSTOCK_SEED", "7")
+    load = ["--concurrency", "1", "--num-prompts", "2", *QUICK]
+    assert run(server.url, *load, path=tmp_path / "run").return_value == 0
+    saved = Run(tmp_path / "run")
+    assert saved.header.settings["load"]["seed"] == 0
+    assert saved.header.arms[0].model == "scripted"
+
+
+def test_a_sweep_that_was_killed_between_stages_is_not_valid(
+    server: Scripted, tmp_path: Path
+) -> None:
+    server.configure(ttft_s=0.005, tpot_s=0.001)
+    path = tmp_path / "run"
+    load = ["--concurrencies", "1,2", "--duration", "0.2", "--ramp", "0", *QUICK]
+    assert run("sweep", server.url, *load, path=path).return_value == 0
+    lines = (path / "records.jsonl").read_bytes().splitlines(keepends=True)
+    last = next(
+        n for n, line in enumerate(lines) if b"concurrency=1" in line and b"stage_end" in line
+    )
+    (path / "records.jsonl").write_bytes(b"".join(lines[: last + 1]))
+    made = kinds.finish(path)
+    assert made.problems == ["The sweep was interrupted: 1 stages were begun of 1,2."]
+    assert made.problems[0] in (path / "report.html").read_text()
+
+
+def test_all_at_once_is_a_load(server: Scripted, tmp_path: Path) -> None:
+    server.configure(ttft_s=0.01, tpot_s=0.001)
+    load = ["--request-rate", "inf", "--num-prompts", "8", "--json", *QUICK]
+    (stage,) = told(run(server.url, *load, path=tmp_path / "run"))["figures"]["stages"]
+    assert stage["requests"]["num_ok"] == 8
+    assert stage["throughput_window"] == "whole stage"
+    assert stage["problems"] == []
+
+
+def test_a_schedule_that_is_over_ends_the_window(server: Scripted, tmp_path: Path) -> None:
+    server.configure(ttft_s=0.01, tpot_s=0.001)
+    load = ["--rate-schedule", "0.5@40", "--duration", "20", "--json", *QUICK]
+    (stage,) = told(run(server.url, *load, path=tmp_path / "run"))["figures"]["stages"]
+    assert stage["window"]["duration_s"] == pytest.approx(0.5)
+    assert stage["rate"]["scheduled_per_s"] > 20
+
+
+def test_a_bench_that_was_interrupted_before_its_load_is_told() -> None:
+    figures = {"stages": [], "search": None, "notes": []}
+    assert bench_print.text(figures) == ""
+
+
+def test_a_tokenizer_that_fails_midway_is_done_without(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[str] = []
+
+    def count(text: str) -> int:
+        counts.append(text)
+        if len(counts) == 5:
+            raise ValueError("status 503")
+        return len(text)
+
+    monkeypatch.setattr(tokens, "from_server", lambda *_, **__: tokens.Counter(count, "It"))
+    server.configure(ttft_s=0.005, tpot_s=0.001)
+    load = ["--concurrency", "1", "--num-prompts", "3", *QUICK]
+    found = told(run(server.url, *load, "--json", path=tmp_path / "run"))
+    assert "It failed and was not used: status 503." in found["figures"]["notes"]
+    assert any("usage of the warm-up" in note for note in found["figures"]["notes"])
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     result = run("http://127.0.0.1:1", *QUICK, path=tmp_path / "run")
     assert isinstance(result.exception, ConfigError)
     assert not (tmp_path / "run").exists()
+
+
+def test_help_says_where_the_options_are() -> None:
+    told = CliRunner().invoke(command, ["--help"]).output
+    assert "--request-rate" in told
+    assert "penstock bench serve --help" in " ".join(told.split())
 
 
 def test_help_imports_nothing_that_measures() -> None:

@@ -402,7 +402,8 @@ class Connection(asyncio.Protocol):
             self.play.entry["headers"] = headers
             return self.play.begin()
         if path == "/v1/models":
-            data = [{"id": name, "owned_by": script.engine} for name in script.models]
+            more = {"max_model_len": script.max_model_len} if script.max_model_len else {}
+            data = [{"id": name, "owned_by": script.engine} | more for name in script.models]
             return self.reply(200, {"object": "list", "data": data})
         if path == "/version" and script.version:
             return self.reply(200, {"version": script.version})

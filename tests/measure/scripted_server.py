@@ -76,6 +76,7 @@ class Script:
     models: tuple[str, ...] = ("scripted",)
     engine: str = "scripted"
     version: str | None = "1.0"
+    max_model_len: int | None = None  # what the listing of models says
 
 
 class Scripted:

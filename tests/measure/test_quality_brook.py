@@ -61,6 +61,9 @@ def test_a_limit_takes_as_many_of_every_category(brook: Brook) -> None:
     counts = Counter(item.category for item in brook.items(46, seed=3))
     assert set(counts.values()) == {2}
     assert len(counts) == 23
+    ids = [{item.id for item in brook.items(46, seed=seed)} for seed in (3, 4)]
+    assert len(ids[0] & ids[1]) < 30  # the seed draws them
+    assert {item.id for item in brook.items(30, seed=3)} < ids[0]
 
 
 @pytest.mark.parametrize("name", sorted(TASKS.keys() - suite.LEFT_OUT))
@@ -68,7 +71,17 @@ def test_answers_are_judged_as_the_model_card_does(name: str) -> None:
     for example in held_out(name, 5, seed=9):
         ((kind, expected),) = suite.check_of(example).items()
         answer = example.answer_text
-        for text in (answer, f" {answer}\n", f"{answer} x", answer[1:], "", answer.upper()):
+        long = answer + "".join(f" Number {n} came." for n in range(70))
+        others = (f"{answer}.", answer.rstrip("."), answer.partition(".")[0] + ".", long)
+        for text in (
+            answer,
+            f" {answer}\n",
+            f"{answer} x",
+            answer[1:],
+            "",
+            answer.upper(),
+            *others,
+        ):
             ours = CHECKS[kind](text, expected)
             if kind == "call" and not text.strip().startswith("<|tool_call|>"):
                 continue  # a server may hide the token: then it is not asked for here
@@ -102,3 +115,10 @@ def test_the_model_scores_as_its_card_says(brook: Brook) -> None:
     expected = sum(card) / len(card)
     errors = [p * (1 - p) * (1 / 4 + 1 / 100) for p in card]  # 4 items here, 100 there
     assert abs(score - expected) < 3 * math.sqrt(sum(errors)) / len(card)
+
+
+def test_a_story_that_names_less_than_what_was_held_out_is_not_asked(brook: Brook) -> None:
+    for item in brook.items():
+        if item.category == "story":
+            _, key = item.group.split(":", 1)
+            assert set(key.split(",")) <= set(item.reference["story"]), item.id

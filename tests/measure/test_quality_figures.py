@@ -90,6 +90,37 @@ def test_errors_are_clustered_by_group() -> None:
     assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
 
 
+def test_few_groups_have_students_quantile() -> None:
+    """What holds for 5 groups of 20 dependent items: at least 92 % of the intervals."""
+    rng = random.Random(0)
+    held = 0
+    for _ in range(300):
+        shares = [rng.betavariate(1.2, 1.2) for _ in range(5)]
+        rows = [
+            row(f"{g}/{n}", float(rng.random() < p), details={"group": str(g)})
+            for g, p in enumerate(shares)
+            for n in range(20)
+        ]
+        got = figure(rows)
+        held += got["low"] <= 0.5 <= got["high"]
+    assert held >= 0.92 * 300
+
+
+def test_shares_of_parts_and_of_repeats_keep_an_interval_near_all_right() -> None:
+    every = figure([row(n, 1.0, details={"w": 2}) for n in range(20)], weight="w")
+    assert (every["method"], every["high"]) == ("rule of three", 1)
+    assert every["low"] < 0.87
+    parts = [row(n, 0.5 if n == 0 else 1.0, details={"w": 2}) for n in range(20)]
+    repeats = [
+        row(n, float((n, k) != (0, 0)), details={"repeat": k}) for n in range(20) for k in range(2)
+    ]
+    for got in (figure(parts, weight="w"), figure(repeats)):
+        assert got["value"] == pytest.approx(39 / 40)
+        assert got["method"].startswith("Wilson")
+        assert 0.83 < got["low"] < 0.90
+        assert got["high"] < 1
+
+
 def test_repeats_are_of_one_item() -> None:
     rows = [
         row(item, float(item > repeat), details={"repeat": repeat})
@@ -109,7 +140,7 @@ def test_weights_make_a_share_of_parts() -> None:
 def test_a_failure_counts_as_wrong_and_is_told() -> None:
     rows = [*(row(n, 1.0) for n in range(6)), *(row(n, None) for n in range(6, 8))]
     rows += [row(8, None, error_class="cut"), row(9, 0.0, finish_reason="length")]
-    rows[0].output = " "
+    rows[0].output, rows[1].output = " ", None  # nothing written; a scored continuation
     got = task_figures(FACTS, rows)
     assert got["scores"]["s"]["value"] == pytest.approx(6 / 9)
     assert got["scores"]["s"]["num_failed"] == 2
@@ -139,6 +170,15 @@ def test_a_run_that_ended_early_or_failed_is_not_valid() -> None:
     assert "1 of 8 answers are missing" in compute(header, whole[:-1])[1][0]
     failed = [*whole[:-1], row(3, None)]
     assert "1 of 8 requests failed" in compute(header, failed)[1][0]
+    judge = {"judge": {"min_kappa": 0.4, "max_flips": 1, "max_unreadable": 1}}
+    judging = Mark(t_ns=0, name="judging", facts={"num_requests": 4})
+    told = {"kind": "rubric", "of": "fake", "of_task": "t", "item": "1", "num_characters": [1]}
+    verdict = Request(arm="j", task="judge", prompt_id="1", details=told | {"verdict": "abstain"})
+    lost = Request(arm="j", task="judge", prompt_id="2", details=told, error_class="timeout")
+    judged = new_header("eval", settings=judge, arms=[])
+    found = compute(judged, [judging, verdict, verdict, lost])[1]
+    assert "1 of 4 verdicts are missing" in found[0]
+    assert "1 of 3 requests failed" in found[1]
     mark = Mark(t_ns=0, name="problem", facts={"message": "Prompts were cut."})
     assert compute(header, [*whole, mark])[1] == ["Prompts were cut."]
 

@@ -40,6 +40,15 @@ CASES: list[tuple[Any, str, list[Any], dict[str, float]]] = [
     ({"kind": "numeric", "tolerance": 0.5}, "2.5", [2], {"numeric": 1, "answered": 1}),
     ({"kind": "numeric", "tolerance": 0.5}, "2.51", [2], {"numeric": 0, "answered": 1}),
     ({"kind": "numeric", "relative_tolerance": 0.01}, "99", [100], {"numeric": 1, "answered": 1}),
+    ("numeric", "It is 1/2", ["0.5"], {"numeric": 1, "answered": 1}),
+    ("numeric", "0.5", ["1/2"], {"numeric": 1, "answered": 1}),
+    ("numeric", "on 3/4/2024", ["2024"], {"numeric": 1, "answered": 1}),
+    ("numeric", "one of {1,2,3}", ["3"], {"numeric": 1, "answered": 1}),
+    ("numeric", "-$1,234.50", ["-1234.5"], {"numeric": 1, "answered": 1}),
+    ("numeric", "1,00,000 rupees", [100000], {"numeric": 1, "answered": 1}),
+    ("numeric", "1e400000000", ["5"], {"numeric": 0, "answered": 1}),
+    ("numeric", "1e999999999999999999999", ["5"], {"numeric": 0, "answered": 0}),
+    ("numeric", "1/0", ["5"], {"numeric": 0, "answered": 0}),
     ("choice", "The answer is B.", ["B"], {"choice": 1, "answered": 1}),
     ("choice", "I would not say.", ["B"], {"choice": 0, "answered": 0}),
     ("non_empty", " \n", [], {"non_empty": 0}),
@@ -64,6 +73,10 @@ def test_known_answers(
         ('{"n": 3} and more', [], 0, 0),
         ('{"n": NaN}', [], 0, 0),
         ("[" * 100_000, [], 0, 0),
+        ("```" + " \n" * 100_000, [], 0, 0),
+        ('{"n": 4, "n": 3}', [], 0, 0),
+        ('{"n": 1, "more": true}', [{"n": 1, "more": 1}], 0, 1),
+        ('{"n": 1.0}', [{"n": 1}], 1, 1),
         ('{"n": 3}', [{"n": 4}], 0, 1),
         ('{"n": 3}', [{"n": 4}, {"n": 3}], 1, 1),
     ],
@@ -91,6 +104,21 @@ def test_json_schema(text: str, references: list[Any], right: int, valid: int) -
         ("I think that (B) fits.", "B"),
         ("Either (A) or (B).", None),
         ("Of A) and C), only one", None),
+        ("**Answer:** B", "B"),
+        ("Answer:\nB", "B"),
+        ('{"answer": "B"}', "B"),
+        ("<answer>B</answer>", "B"),
+        ('The answer is "B".', "B"),
+        ("the answer is b.", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        ("B - Paris", "B"),
+        ("The answer is A because it fits.", "A"),
+        ("Answer: A man walked in.", None),
+        ("the answer is a man", None),
+        ("The answer is B.C.", None),
+        ("The answer is not B.", None),
+        ("answer " + " " * 20_000, None),
+        ("answer" + '"' * 100_000, None),
         ("", None),
     ],
 )
@@ -139,7 +167,19 @@ def test_a_bare_letter_is_read_in_any_dress(letter: str) -> None:
         ({"kind": "numeric", "tolerance": -1}, "grader.tolerance"),
         ({"kind": "regex", "pattern": "("}, "grader.pattern"),
         ({"kind": "json_schema", "schema": {"type": 3}}, "grader.schema"),
-        ({"kind": "json_schema", "schema": {"$ref": "https://example.com/s"}}, "grader.schema"),
+        *(
+            ({"kind": "json_schema", "schema": schema}, "grader.schema")
+            for schema in (
+                {"$ref": "https://example.com/s"},
+                {"properties": {"n": {"$dynamicRef": "https://example.com/s"}}},
+                {"$id": "https://example.com/a", "items": {"$ref": "b"}},
+                {"$ref": "#/$defs/none"},
+                {"$ref": "#"},
+                {"pattern": "("},
+            )
+        ),
+        ({"kind": "regex", "pattern": "a{99999999999}"}, "grader.pattern"),
+        ({"kind": ["regex"]}, "grader.kind"),
         ({"kind": "choice", "letters": "a"}, "grader.letters"),
         ({"kind": "chrf", "tokenizer": "no such"}, "grader.tokenizer"),
         ('{"kind": ', "grader"),
@@ -148,6 +188,26 @@ def test_a_bare_letter_is_read_in_any_dress(letter: str) -> None:
 def test_wrong_options_are_told(options: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         make(options)
+
+
+def test_a_schema_fetches_nothing_and_deep_answers_do_not_break_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    for schema in (
+        {"$dynamicRef": "http://127.0.0.1:9/s"},
+        {"$id": "http://127.0.0.1:9/", "$ref": "s"},
+    ):
+        with pytest.raises(ConfigError, match="not in it"):
+            make({"kind": "json_schema", "schema": schema})
+    fine = {"enum": [{"$ref": "http://127.0.0.1:9/s"}], "properties": {"$ref": {"type": "string"}}}
+    make({"kind": "json_schema", "schema": fine})
+    nested = make({"kind": "json_schema", "schema": {"items": {"$ref": "#"}}})
+    assert nested.grade("[[[]]]", [])["json_schema"] == 1
+    assert nested.grade("[" * 900 + "]" * 900, []) == {"json_schema": 0, "json_valid": 1}
 
 
 def test_a_grader_may_be_given_as_json_text() -> None:

@@ -113,9 +113,10 @@ def test_sentences_are_split_as_the_published_program_does(text: str, num: int) 
 
 
 def test_words_in_capitals_are_split_as_treebank_does() -> None:
-    text = "I DON'T like AND/OR, e.g. U.S.A. (NATO) or WELL-KNOWN X_Y; I'm 42."
+    text = "I DON'T like AND/OR, e.g. U.S.A. (NATO) or WELL-KNOWN X_Y; I'm 42. CANNOT...A"
     assert words.words_in_capitals(text) == [
-        *("I", "DO", "N'T", "AND/OR", "U.S.A.", "NATO", "WELL-KNOWN", "X_Y", "I")
+        *("I", "DO", "N'T", "AND/OR", "U.S.A.", "NATO", "WELL-KNOWN", "X_Y", "I"),
+        *("CAN", "NOT", "A"),
     ]
 
 

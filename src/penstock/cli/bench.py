@@ -49,5 +49,7 @@ class BenchGroup(click.Group):
 def command() -> None:
     """Load a server, or engines side by side, and report what they do.
 
-    `penstock bench http://HOST:PORT` is `penstock bench serve http://HOST:PORT`.
+    `penstock bench http://HOST:PORT` is `penstock bench serve http://HOST:PORT`: its options, such
+    as --request-rate, --concurrency, --duration and --slo, are told by `penstock bench serve
+    --help`, those of the others by `penstock bench COMMAND --help`.
     """

@@ -6,15 +6,13 @@ process, or an engine by its recipe.
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from penstock.cli import runs
 from penstock.cli.options import build, options_of
 from penstock.errors import ConfigError
 from penstock.measure.meters.settings import MeterSettings
@@ -38,6 +36,11 @@ _ARMS = """
     transformers. `NAME=ARM` names it. An option becomes the engine's flag; `executable=PATH`,
     `env.NAME=value`, `precision=`, `tokenizer=`, `dialect=` and `ready_timeout_s=` are penstock's.
     """
+_STATUS = """
+
+    \b
+    Exit status: 0 fine, 1 an error, 2 wrong usage, 3 the run is not valid.
+    """
 
 
 def _common(command: Command) -> Command:
@@ -56,6 +59,8 @@ def _common(command: Command) -> Command:
             click.option("--api-key-env", metavar="NAME",
                          help="Variable with the key of a URL. Default: PENSTOCK_API_KEY, else "
                          "OPENAI_API_KEY."),
+            click.option("--header-env", multiple=True, metavar="NAME=VARIABLE",
+                         help="A header of requests to a URL, whose value a variable holds."),
             click.option("--ready-timeout", type=click.FloatRange(1), default=600.0,
                          show_default=True, help="Seconds that an engine may take to start."),
             click.option("--request-timeout", type=click.FloatRange(1), default=600.0,
@@ -69,7 +74,7 @@ def _common(command: Command) -> Command:
 
 
 def _help(text: str) -> str:
-    return text + _ARMS
+    return text + _ARMS + _STATUS
 
 
 @click.command(
@@ -78,7 +83,7 @@ def _help(text: str) -> str:
 )
 @_common
 def startup(**values: Any) -> int:
-    return _run("startup", [], values)
+    return _run("startup", lambda: ([], {}), values)
 
 
 @click.command(
@@ -100,7 +105,7 @@ def startup(**values: Any) -> int:
 )
 @_common
 def latency(lengths: str, requests: int, **values: Any) -> int:  # fmt: skip
-    return _run("latency", _latency_works(lengths, requests), values)
+    return _run("latency", lambda: (_latency_works(lengths, requests), {}), values)
 
 
 def _load(command: Command) -> Command:
@@ -144,8 +149,7 @@ def _load(command: Command) -> Command:
 @click.option("--concurrency", type=click.IntRange(1), help="At a time. Default: all at once.")
 @_common
 def throughput(**values: Any) -> int:
-    work, facts = _throughput_work(values)
-    return _run("throughput", [work], values, **facts)
+    return _run("throughput", lambda: _throughput_work(values), values)
 
 
 @click.command(
@@ -175,8 +179,11 @@ def throughput(**values: Any) -> int:
 )
 @_common
 def engines(lengths: str, latency_requests: int, **values: Any) -> int:
-    work, facts = _throughput_work(values)
-    return _run("engines", [*_latency_works(lengths, latency_requests), work], values, **facts)
+    def works() -> tuple[list[Work], dict[str, Any]]:
+        some, facts = _throughput_work(values)
+        return [*_latency_works(lengths, latency_requests), *some], facts
+
+    return _run("engines", works, values)
 
 
 def _latency_works(text: str, num_requests: int) -> list[Work]:
@@ -188,7 +195,7 @@ def _latency_works(text: str, num_requests: int) -> list[Work]:
     ]
 
 
-def _throughput_work(values: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
+def _throughput_work(values: dict[str, Any]) -> tuple[list[Work], dict[str, Any]]:
     """The stage, and what the header keeps of a trace."""
     from penstock.measure.engines.workload import Work, parse_lengths, trace_lengths
 
@@ -201,43 +208,51 @@ def _throughput_work(values: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
             raise ConfigError("`--context` is set without `--trace`.", hint="it clips a trace")
         some = parse_lengths(text or DEFAULT_LOAD, "--load-lengths")
         lengths = tuple(some[index % len(some)] for index in range(num))
-        return Work("throughput", stage, lengths, at_once), {}
+        return [Work("throughput", stage, lengths, at_once)], {}
     if text is not None:
         raise ConfigError("`--load-lengths` and `--trace` both give lengths.", hint="give one")
     drawn = trace_lengths(trace, num, context_len=context or DEFAULT_CONTEXT, seed=values["seed"])
-    return Work("throughput", stage, drawn.lengths, at_once), {"trace": drawn.facts}
+    return [Work("throughput", stage, drawn.lengths, at_once)], {"trace": drawn.facts}
 
 
-def _run(name: str, works: Sequence[Work], values: dict[str, Any], **facts: Any) -> int:
-    """Measure, write the run, print the table."""
+def _run(
+    name: str, works: Callable[[], tuple[list[Work], dict[str, Any]]], values: dict[str, Any]
+) -> int:
+    """Measure, write the run, print the table.
+
+    Args:
+        works: reads the stages, and what the header keeps of them, out of the options.
+    """
     from penstock.measure.engines.page import text_table
-    from penstock.measure.engines.session import Options, run_session
+    from penstock.measure.engines.session import Options, Session
 
-    options = Options(
-        command=name,
-        arms=values["arms"],
-        works=works,
-        num_rounds=values["rounds"],
-        seed=values["seed"],
-        is_cold=values["page_cache"] == "cold",
-        out=values["output"],
-        api_key_env=values["api_key_env"],
-        ready_timeout_s=values["ready_timeout"],
-        request_timeout_s=values["request_timeout"],
-        meters=build(MeterSettings, values),
-        facts=facts,
+    runs.check_output(values["output"])
+    with runs.usage():
+        stages, facts = works()
+        session = Session(
+            Options(
+                command=name,
+                arms=values["arms"],
+                works=stages,
+                num_rounds=values["rounds"],
+                seed=values["seed"],
+                is_cold=values["page_cache"] == "cold",
+                out=values["output"],
+                api_key_env=values["api_key_env"],
+                header_env=values["header_env"],
+                ready_timeout_s=values["ready_timeout"],
+                request_timeout_s=values["request_timeout"],
+                meters=build(MeterSettings, values),
+                facts=facts,
+            )
+        )
+    work = session.run(lambda line: click.echo(line, err=True))
+    made, interrupted = runs.measured(session, work)
+    assert session.path is not None
+    return runs.tell(
+        session.path,
+        made,
+        lambda: text_table(made.figures),
+        as_json=values["as_json"],
+        interrupted=interrupted,
     )
-    try:
-        path, made = asyncio.run(run_session(options, say=lambda line: click.echo(line, err=True)))
-    except asyncio.CancelledError:  # SIGTERM; the engines have been ended
-        raise KeyboardInterrupt from None
-    if values["as_json"]:
-        document = {"run": str(path), "problems": made.problems, "figures": made.figures}
-        click.echo(json.dumps(document))
-    else:
-        click.echo(text_table(made.figures))
-        for problem in made.problems:
-            click.echo(f"not valid: {problem}", err=True)
-    click.echo(f"{path / 'report.html'}", err=True)
-    sys.stdout.flush()
-    return 1 if made.problems else 0

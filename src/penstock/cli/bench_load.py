@@ -1,13 +1,11 @@
 """`penstock bench serve` and `penstock bench sweep`: a load on one target, and its report.
 
-Results go to stdout, progress to stderr. Exit status 1 where the run is not valid or a limit is
-broken; an interrupted run has the figures of what was finished.
+An interrupted run has the figures of what was finished. How a run ends is said in `runs`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from penstock.cli import runs
 from penstock.cli.options import build, options_of
 from penstock.errors import ConfigError
 from penstock.measure.load import settings as load_settings
@@ -23,6 +22,7 @@ from penstock.measure.load.settings import LoadSettings
 from penstock.measure.meters.settings import MeterSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Number = TypeVar("Number", int, float)
 _EXAMPLE = "http://127.0.0.1:8000"
 
 
@@ -42,6 +42,12 @@ class TargetSettings:
         default=None,
         metadata={
             "help": "Variable that holds the key. Default: PENSTOCK_API_KEY, then OPENAI_API_KEY."
+        },
+    )
+    header_env: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "A header whose value a variable holds, as NAME=VARIABLE: api-key=AZURE_KEY."
         },
     )
     timeout: float = field(default=600.0, metadata={"help": "Seconds for one answer."})
@@ -66,8 +72,8 @@ def _common(command: Command) -> Command:
             help="Directory of the run. Default: a new one in PENSTOCK_RUNS or ./penstock-runs.",
         ),
         options_of(MeterSettings),
-        options_of(TargetSettings),
-        options_of(LoadSettings),
+        options_of(TargetSettings, from_environment=False),
+        options_of(LoadSettings, from_environment=False),
         click.argument("target"),
     ):
         made = decorate(made)
@@ -81,9 +87,13 @@ def serve(target: str, output: Path | None, as_json: bool, **options: Any) -> in
 
     Open loop (--request-rate, --rate-schedule, --trace) shows what users would wait; closed loop
     (--concurrency) what so many clients get. Times are counted from the moment a request was due.
+
+    \b
+    Exit status: 0 fine, 1 an error, 2 wrong usage, 3 the run is not valid, 4 a limit is broken.
     """
     settings = build(LoadSettings, options)
-    load_settings.check(settings)
+    with runs.usage():
+        load_settings.check(settings)
 
     async def work(bench: Any) -> None:
         await bench.serve()
@@ -98,52 +108,61 @@ def serve(target: str, output: Path | None, as_json: bool, **options: Any) -> in
 @click.option(
     "--most-clients",
     type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Where a sweep of clients ends that has found no saturation.",
+    help="Where a sweep of clients ends that has found no saturation.  [default: 256]",
 )
-@click.option("--most-rate", type=float, default=math.inf, help="No higher rate is searched.")
+@click.option(
+    "--most-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="No higher rate is searched.",
+)
 @click.option(
     "--precision",
     type=click.FloatRange(min=0, min_open=True),
-    default=0.05,
-    show_default=True,
-    help="The search ends when the failing rate is this share above the passing one.",
+    help="A search ends when the failing rate is this share above the passing one.  "
+    "[default: 0.05]",
 )
 def sweep(target: str, output: Path | None, as_json: bool, **options: Any) -> int:
     """Loads on TARGET up to saturation; with --slo, the highest rate that keeps the limits.
 
     Without --rates, --concurrencies or --slo: 1, 2, 4, ... clients until throughput rises no more.
-    With --slo: rates are doubled until the limits break, then the bracket is halved. --duration is
-    that of one stage.
+    With limits over many requests in --slo, such as ttft_p95: rates are doubled until one breaks,
+    then the bracket is halved. --duration is that of one stage.
+
+    \b
+    Exit status: 0 fine, 1 an error, 2 wrong usage, 3 the run is not valid, 4 a limit is broken (by
+    every rate of a search).
     """
     from penstock.measure.load import search, slo
 
     settings = build(LoadSettings, options)
-    _check_sweep(settings, options)
-    rates = _numbers(options["rates"], "--rates")
-    clients = _numbers(options["concurrencies"], "--concurrencies")
-    points = [search.Point(rate=rate) for rate in rates]
-    points += [search.Point(concurrency=round(number)) for number in clients]
-    searches = not points and bool(slo.over_many(settings.limits))
-    load_settings.check(settings, sweeps_rates=bool(rates) or searches)
+    with runs.usage():
+        rates = _numbers(options["rates"], "--rates", float)
+        clients = _numbers(options["concurrencies"], "--concurrencies", int)
+        points = [search.Point(rate=rate) for rate in rates]
+        points += [search.Point(concurrency=number) for number in clients]
+        searches = not points and bool(slo.over_many(settings.limits))
+        _check_sweep(settings, options, has_points=bool(points), searches=searches)
+        load_settings.check(settings, sweeps_rates=bool(rates) or searches)
+    most_rate = math.inf if options["most_rate"] is None else options["most_rate"]
 
     async def work(bench: Any) -> None:
         if searches:
             await bench.search(
                 start=settings.request_rate,
-                most=options["most_rate"],
-                precision=options["precision"],
+                most=most_rate,
+                precision=options["precision"] or 0.05,
             )
         else:
-            await bench.sweep(points or search.clients_up_to(options["most_clients"]))
+            await bench.sweep(points or search.clients_up_to(options["most_clients"] or 256))
 
-    names = ("rates", "concurrencies", "precision", "most_clients")
-    asked = {name: options[name] for name in names} | {"most_rate": str(options["most_rate"])}
+    names = ("rates", "concurrencies", "precision", "most_clients", "most_rate")
+    asked = {name: options[name] for name in names}
     return _run(target, settings, options, output, as_json, work, sweep=asked)
 
 
-def _check_sweep(settings: LoadSettings, options: dict[str, Any]) -> None:
+def _check_sweep(
+    settings: LoadSettings, options: dict[str, Any], *, has_points: bool, searches: bool
+) -> None:
     if options["rates"] and options["concurrencies"]:
         raise ConfigError("`--rates` and `--concurrencies` exclude one another.")
     for name in ("trace", "rate_schedule", "concurrency"):
@@ -152,18 +171,31 @@ def _check_sweep(settings: LoadSettings, options: dict[str, Any]) -> None:
                 f"`--{name.replace('_', '-')}` is one load, and `bench sweep` makes several.",
                 hint="use `penstock bench serve`",
             )
-    listed = options["rates"] or options["concurrencies"]
-    if settings.request_rate is not None and (listed or not settings.slo):
-        raise ConfigError("`--request-rate` of a sweep is where a search (--slo) begins.")
+    hint = "a search takes a limit over many requests, such as `--slo ttft_p95=0.5s`, and no list"
+    if settings.request_rate is not None and not searches:
+        raise ConfigError("`--request-rate` of a sweep is where a search begins.", hint=hint)
+    if settings.request_rate is not None and math.isinf(settings.request_rate):
+        raise ConfigError("A search cannot begin at the `--request-rate inf`.")
+    for name in ("most_rate", "precision"):
+        value = options[name]
+        if value is not None and not searches:
+            raise ConfigError(f"`--{name.replace('_', '-')}` goes with a search.", hint=hint)
+        if value is not None and math.isnan(value):
+            raise ConfigError(f"`--{name.replace('_', '-')} nan` is no number.")
+    if options["most_clients"] is not None and (has_points or searches):
+        raise ConfigError("`--most-clients` goes with a sweep of clients that has no list.")
 
 
-def _numbers(text: str | None, option: str) -> list[float]:
+def _numbers(text: str | None, option: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
-        numbers = [float(part) for part in text.split(",")] if text else []
+        numbers = [kind(part) for part in text.split(",")] if text else []
         if not all(0 < number < math.inf for number in numbers):
             raise ValueError
     except ValueError:
-        raise ConfigError(f"`{option} {text}` is no list of numbers, such as 1,2,4.") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"`{option} {text}` is no list of {what}, such as 1,2,4.") from None
+    if len({f"{number:g}" for number in numbers}) < len(numbers):  # stages are called by them
+        raise ConfigError(f"`{option} {text}` has a number twice.")
     return numbers
 
 
@@ -178,37 +210,34 @@ def _run(
 ) -> int:
     """Run the bench, make its figures, print them."""
     from penstock.cli import bench_print
-    from penstock.measure.kinds import finish
-    from penstock.measure.load.session import Session
+    from penstock.measure.load.session import Refused, Session
 
-    session = Session(
-        target,
-        settings,
-        meters=build(MeterSettings, options),
-        output=output,
-        sweep=sweep,
-        **{name: options[name] for name in TargetSettings.__dataclass_fields__},
-    )
-    interrupted = False
+    runs.check_output(output)
+    with runs.usage():
+        session = Session(
+            target,
+            settings,
+            meters=build(MeterSettings, options),
+            output=output,
+            sweep=sweep,
+            **{name: options[name] for name in TargetSettings.__dataclass_fields__},
+        )
     try:
-        with asyncio.Runner(loop_factory=_quick_loop()) as runner:
-            runner.run(session.run(work))
-    except KeyboardInterrupt:
-        interrupted = True
-    if session.path is None:
-        raise KeyboardInterrupt
-    made = finish(session.path)
-    if as_json:
-        told = {"run": str(session.path), "problems": made.problems, "figures": made.figures}
-        click.echo(json.dumps(told))
-    else:
-        click.echo(bench_print.text(made.figures, made.problems, session.path))
-    if interrupted:
-        raise KeyboardInterrupt
+        made, interrupted = runs.measured(session, session.run(work), _quick_loop())
+    except Refused as error:
+        raise click.UsageError(str(error)) from None
     broken = any(not one["kept"] for stage in made.figures["stages"] for one in stage["slo"])
     if made.figures["search"]:
         broken = made.figures["search"]["highest_passing"] is None
-    return 1 if made.problems or broken else 0
+    assert session.path is not None
+    return runs.tell(
+        session.path,
+        made,
+        lambda: bench_print.text(made.figures),
+        as_json=as_json,
+        bad=broken,
+        interrupted=interrupted,
+    )
 
 
 def _quick_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,9 +1,8 @@
-"""A bench in the terminal: the figures in a few lines, what to know of them, where the run is."""
+"""A bench in the terminal: the figures in a few lines, and what to know of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from penstock.measure import metrics
@@ -14,17 +13,15 @@ _SHOWN = ("ttft_from_due_s", "ttft_s", "tpot_s", "e2e_from_due_s", "e2e_s", "que
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
-def text(figures: Mapping[str, Any], problems: Sequence[str], path: Path) -> str:
-    """Everything that is printed when a bench has ended."""
+def text(figures: Mapping[str, Any]) -> str:
+    """The figures of a bench."""
     stages: list[Mapping[str, Any]] = figures["stages"]
-    lines = _one(stages[0]) if len(stages) == 1 else _many(stages)
+    lines = _one(stages[0]) if len(stages) == 1 else _many(stages) if stages else []
     if figures["search"]:
         lines += ["", notes.answer(figures["search"])]
     if figures["notes"]:
         lines += ["", *(f"- {note}" for note in figures["notes"])]
-    if problems:
-        lines += ["", "This run is not valid:", *(f"- {problem}" for problem in problems)]
-    return "\n".join([*lines, "", f"report: {path / 'report.html'}"])
+    return "\n".join(lines).strip("\n")
 
 
 def _one(stage: Mapping[str, Any]) -> list[str]:
@@ -62,13 +59,16 @@ def _one(stage: Mapping[str, Any]) -> list[str]:
             f"{quantity(energy['joules_per_output_token'], 'J')} an output token, {energy['label']}"
         )
     lines = [f"{name:<10} {value}" for name, value in facts.items()]
-    lines += ["", f"{'':<18}{'n':>7}" + "".join(f"{mark:>10}" for mark in (*_QUANTILES, "max"))]
+    width = max(len(metrics.TITLES[name]) for name in _SHOWN) + 1
+    heads = "".join(f"{mark:>9}" for mark in (*_QUANTILES, "max"))
+    lines += ["", f"{'':<{width}}{'n':>6}{heads}"]
     for name in _SHOWN:
         made = stage["latency"][name]
         if made["n"]:
             cells = [_cell(made, mark, q) for mark, q in _QUANTILES.items()]
             cells.append(seconds(made["max"]))
-            lines.append(f"{name:<18}{made['n']:>7}" + "".join(f"{cell:>10}" for cell in cells))
+            told = "".join(f"{cell:>9}" for cell in cells)
+            lines.append(f"{metrics.TITLES[name]:<{width}}{made['n']:>6}{told}")
     if any(not metrics.is_supported(stage["latency"]["e2e_s"]["n"], q) for q in (0.95, 0.99)):
         lines.append("* fewer than 10 requests lie beyond it")
     return [*lines, *_limits(stage)]
@@ -93,7 +93,7 @@ def _cell(made: Mapping[str, Any], name: str, q: float) -> str:
 
 def _limits(stage: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{one['limit']}: {'kept' if one['kept'] else 'broken'}, "
+        f"{one['limit']}: {notes.outcome(one)}, "
         f"{'not reached' if one['value'] is None else quantity(one['value'])} (n = {one['n']})"
         for one in stage["slo"]
     ]
@@ -115,8 +115,8 @@ def _many(stages: Sequence[Mapping[str, Any]]) -> list[str]:
             seconds(latency["tpot_s"]["p50"]),
             seconds(latency["e2e_from_due_s"]["p95"]),
         ]
-        broken = [one["limit"] for one in stage["slo"] if not one["kept"]]
-        told = f"broken: {', '.join(broken)}" if broken else "kept" if stage["slo"] else ""
+        broken = [f"{one['limit']} {notes.outcome(one)}" for one in stage["slo"] if not one["kept"]]
+        told = ", ".join(broken) if broken else "kept" if stage["slo"] else ""
         lines.append(
             f"{stage['stage']:<{width}}" + "".join(f"{cell:>12}" for cell in cells) + f"  {told}"
         )

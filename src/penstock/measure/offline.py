@@ -7,6 +7,7 @@ with whoever measures. Invariant: each token that counts is in exactly one chunk
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import types
 from collections.abc import AsyncGenerator, Mapping
@@ -40,8 +41,15 @@ class InProcess:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         arm: Arm,
+        *,
+        timeout_s: float | None = None,
     ) -> None:
-        """`client` is started by `start`, and shut down by `close`."""
+        """`client` is started by `start`, and shut down by `close`.
+
+        Args:
+            timeout_s: for a whole answer.
+        """
+        self.timeout_s = timeout_s
         self.client, self.tokenizer, self.template = client, tokenizer, template
         self.arm = arm
         self.limits: list[str] = []
@@ -49,7 +57,12 @@ class InProcess:
 
     @classmethod
     def of(
-        cls, model: str, options: Mapping[str, str | None] | None = None, *, arm_name: str = ""
+        cls,
+        model: str,
+        options: Mapping[str, str | None] | None = None,
+        *,
+        arm_name: str = "",
+        timeout_s: float | None = None,
     ) -> InProcess:
         """An engine of this model; `options` are fields of `EngineConfig`, as text.
 
@@ -68,7 +81,7 @@ class InProcess:
             flags=[f"{name}={value}" for name, value in options.items()],
         )
         template = ChatTemplate.for_tokenizer(tokenizer)
-        return cls(ThreadClient(config), tokenizer, template, arm)
+        return cls(ThreadClient(config), tokenizer, template, arm, timeout_s=timeout_s)
 
     async def start(self) -> None:
         """Load the model. Raises what loading raises."""
@@ -84,9 +97,14 @@ class InProcess:
         identify(row, ask, self.arm)
         row.t_sent_ns = clock.now_ns()
         try:
-            return await self._answer(ask, row, clock)
+            async with asyncio.timeout(self.timeout_s):
+                return await self._answer(ask, row, clock)
         except RequestError as error:
             row.error_class, row.error = "http_400", str(error)
+            row.n_in, row.n_out, row.count_source = None, None, "none"
+        except TimeoutError:
+            row.error_class = "timeout"
+            row.error = f"No whole answer within `{self.timeout_s:g}` s."
         except Exception as error:  # noqa: BLE001 - a target never raises
             row.error_class, row.error = "server", f"{type(error).__name__}: {error}"
         finally:

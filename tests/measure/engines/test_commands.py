@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
+from scripted_server import Scripted
 
 from penstock.cli.bench import command
-from penstock.errors import ConfigError
 from penstock.measure import kinds
 from penstock.measure.records import Mark
 from penstock.measure.run import Run
@@ -52,7 +56,7 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
         *("--load-lengths", "30x5,20x4", "--requests", "4", "--concurrency", "2"),
         *("--meter-interval", "0.1", "--cpu-watts", "100", "--json", "-o", str(out)),
     )  # fmt: skip
-    assert result.return_value == 1  # an arm failed
+    assert result.return_value == 3  # an arm failed
     made = document(result)
     (problem,) = made["problems"]
     assert problem.startswith("bad failed in round 1 (startup): The engine `fake` ended")
@@ -104,9 +108,47 @@ def test_short_answers_make_the_run_invalid(tmp_path: Path) -> None:
         *("latency", "fake:m?short", "--rounds", "1", "--requests", "1", "--lengths", "9x4"),
         *("--json", "-o", str(out)),
     )
-    assert result.return_value == 1
+    assert result.return_value == 3
     assert "1 of 1 answers are not as long as asked" in document(result)["problems"][0]
     verified(out)
+
+
+def test_a_url_is_asked_in_chat_with_its_header(
+    scripted_server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_GATEWAY", "gate-way-value-1")
+    limits = []
+    for number, more in enumerate(("", "?dialect=openai-completions")):
+        result = bench(
+            *("latency", scripted_server.url + more, "--header-env", "api-key=MY_GATEWAY"),
+            *("--rounds", "1", "--requests", "1", "--lengths", "9x4", "--meter-interval", "0"),
+            *("--json", "-o", str(tmp_path / str(number))),
+        )
+        assert result.return_value == 0, result.exc_info
+        (arm,) = document(result)["figures"]["arms"].values()
+        limits.append([limit for limit in arm["limits"] if "asked as chats" in limit])
+        run = tmp_path / str(number)
+        assert not any(b"gate-way-value-1" in file.read_bytes() for file in run.glob("*.*"))
+    assert [len(told) for told in limits] == [1, 0]
+    entries = scripted_server.log()
+    assert {entry["headers"]["api-key"] for entry in entries} == {"gate-way-value-1"}
+
+
+def test_a_run_that_is_ended_by_sigterm_prints_what_it_has(tmp_path: Path) -> None:
+    """The engine is penstock's own; it is ended before its first answer, or soon after."""
+    out = tmp_path / "run"
+    words = ["startup", "brook?num_threads=1", "--rounds", "9", "--output", str(out)]
+    command_line = [sys.executable, "-m", "penstock.cli.main", "bench", *words]
+    with subprocess.Popen(command_line, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "round 1 of 9: penstock:brook?num_threads=1\n"
+        process.send_signal(signal.SIGTERM)
+        told, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "This run is not valid:" in told
+    assert "interrupted, with 0 of 9 rounds ended" in told
+    assert f"report: {out / 'report.html'}" in errors
+    assert verified(out).header.settings["num_rounds"] == 9
 
 
 def test_throughput_takes_all_at_once_from_a_trace(tmp_path: Path) -> None:
@@ -137,12 +179,14 @@ def test_throughput_takes_all_at_once_from_a_trace(tmp_path: Path) -> None:
         (("startup", "vllm:m?executable=/no/vllm"), "`/no/vllm` is no program"),
         (("startup", "inprocess:brook?threads=1"), "has no option `threads`"),
         (("startup", "x=brook", "x=brook"), "labelled `x`"),
+        (("startup", "brook", "--header-env", "a=HOME"), "no arm is one"),
+        (("throughput", "brook", "--load-lengths", "0x3"), "`--load-lengths` is `0x3`"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(
     words: tuple[str, ...], says: str, tmp_path: Path
 ) -> None:
     result = bench(*words, "-o", str(tmp_path / "run"))
-    assert isinstance(result.exception, ConfigError)
+    assert isinstance(result.exception, click.UsageError)
     assert says in result.exception.message
     assert not (tmp_path / "run").exists()

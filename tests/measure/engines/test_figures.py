@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from penstock.measure.engines.figures import figures
-from penstock.measure.engines.page import page, text_table
+from penstock.measure.engines.page import page, sentences, text_table
 from penstock.measure.records import Arm, Header, Mark, Record, Request, Sample
 
 S = 1_000_000_000
@@ -87,9 +87,11 @@ def records() -> list[Record]:
         request("a", "many", 0, 40.5, 0.5, n_cached=40),
         started("b", 0, 50, 4.0),
         request("b", "one", 0, 60, 0.4),
+        Mark(t_ns=70 * S, arm="b", name="ended", facts={"round": 0}),
         started("b", 1, 100, 6.0),
         request("b", "one", 1, 110, 0.2, n_out=4, chunk_n=[1] * 4),
         Request(arm="b", stage="one", block=1, error_class="timeout", error="no answer"),
+        Mark(t_ns=120 * S, arm="b", name="ended", facts={"round": 1}),
         started("a", 1, 150, 2.0),
         request("a", "one", 1, 160, 0.1),
         Mark(t_ns=200 * S, arm="a", stage="many", name="failed",
@@ -151,6 +153,13 @@ def test_what_is_not_the_same_work_is_told() -> None:
     assert made["arms"]["a"]["failed"][0]["reason"].endswith("see its log")
 
 
+def test_a_run_that_was_killed_between_rounds_is_not_valid() -> None:
+    kept = [one for one in records() if getattr(one, "facts", {}).get("round") != 1]
+    problems = figures(header(), kept)[1]
+    assert "b: the run was interrupted, with 1 of 2 rounds ended." in problems
+    assert "a: the run was interrupted, with 0 of 2 rounds ended." in problems
+
+
 def test_the_page_and_the_table_show_every_arm() -> None:
     made, _ = figures(header(), records())
     html = page(header(), made, records())
@@ -162,3 +171,36 @@ def test_the_page_and_the_table_show_every_arm() -> None:
     (told,) = [line for line in lines if line.startswith("startup  total_s")]
     assert told.split() == ["startup", "total_s", "2.00", "s", "5.00", "s", "(2.50x)"]
     assert "a failed (many): It died." in lines
+    first, second = sentences(made, {"one": "latency", "many": "throughput"})
+    assert first.startswith("a: first answer after 2.00 s; first token in ")
+    assert second.startswith("b: first answer after 5.00 s (2.50 times that of a); ")
+    assert second.replace("'", "&#x27;") in html
+
+
+def test_a_machine_that_was_busy_is_told() -> None:
+    busy = header()
+    load = {"busy_cores": 0.9, "busiest": [{"name": "cc1", "cores": 0.9}]}
+    busy.environment = {"load": load, "cpu": {"num_usable_cores": 2}}
+    made, problems = figures(busy, records())
+    (note,) = made["notes"]
+    assert "other processes used 0.9 of 2 cores (cc1 0.9)" in note
+    assert note not in problems
+    assert note in page(busy, made, records())
+    assert f"- {note}" in text_table(made)
+    assert figures(header(), records())[0]["notes"] == []
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    """Start-up of a: 1, 2, 10 s; of b: 2, 2, 30 s. Ratios 2, 1, 3; of the medians it would be 1."""
+    found: list[Record] = []
+    for round_, (a_s, b_s) in enumerate([(1.0, 2.0), (2.0, 2.0), (10.0, 30.0)]):
+        found += [started("a", round_, 100 * round_, a_s), started("b", round_, 50, b_s)]
+    made, _ = figures(header(), found)
+    told = cell(made, "startup", "total_s", "b")
+    assert (told["median"], told["ratio"]) == (2.0, 2.0)
+
+
+def test_a_prefill_is_of_the_tokens_that_were_not_cached() -> None:
+    found = [started("a", 0, 0, 2.0), request("a", "one", 0, 10, 0.5, n_cached=60)]
+    made, _ = figures(header(), found)
+    assert cell(made, "one", "prefill_tokens_per_s", "a")["median"] == pytest.approx(80.0)

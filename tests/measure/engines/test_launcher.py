@@ -170,7 +170,20 @@ async def test_what_is_not_installed_or_not_there_is_told(tmp_path: Path) -> Non
 async def test_a_started_engine_gets_no_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PENSTOCK_API_KEY", "hunter2")
+    for name in ("PENSTOCK_API_KEY", "MY_PROVIDER_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "kept")
     async with launched(parse_arm("fake:m"), log_dir=tmp_path) as running:
         told = variables_of(running.pid)
     assert b"hunter2" not in told
+    assert b"TOKENIZERS_PARALLELISM=kept" in told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="variables of other processes are not read")
+async def test_children_of_an_engine_that_died_do_not_outlive_it(tmp_path: Path) -> None:
+    """They are in a session of their own, and have no parent any more."""
+    note = tmp_path / "note"
+    with pytest.raises(EngineFailed, match="ended with status 3"):
+        async with launched(parse_arm(f"fake:m?mode=dies&note={note}"), log_dir=tmp_path):
+            pass
+    assert not any(is_running(pid) for pid in pids_of(note))

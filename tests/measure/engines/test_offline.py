@@ -65,6 +65,7 @@ async def test_texts_and_counts_are_those_of_the_server(tmp_path: Path) -> None:
     refused = next(row for row, _ in in_process if row.prompt_id == "refused")
     assert refused.error_class == "http_400"
     assert "temperature" in refused.error
+    assert (refused.n_in, refused.n_out, refused.count_source) == (None, None, "none")
 
 
 async def test_what_only_a_server_knows_is_an_error_and_a_cancelled_request_is_cut() -> None:
@@ -87,6 +88,19 @@ async def test_what_only_a_server_knows_is_an_error_and_a_cancelled_request_is_c
         assert row.error_class == "cut"
         assert row.t_done_ns is not None
         assert not row.ok
+    finally:
+        await target.close()
+
+
+async def test_an_answer_that_takes_too_long_is_a_timeout() -> None:
+    target = InProcess.of("brook", {"num_threads": "1"}, timeout_s=0.05)
+    await target.start()
+    try:
+        row = Request()
+        long = Ask(prompt_id="2", prompt="a", max_tokens=900, fixed_length=True)
+        assert await target.ask(long, row, Clock()) is None
+        assert (row.error_class, row.error) == ("timeout", "No whole answer within `0.05` s.")
+        assert row.t_done_ns is not None
     finally:
         await target.close()
 

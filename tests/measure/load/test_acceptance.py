@@ -133,12 +133,13 @@ def test_what_was_finished_survives_a_kill(scripted_server: Scripted, tmp_path: 
     assert made.figures["stages"][0]["requests"]["num_ok"] == len(rows)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_control_c_ends_with_figures_of_what_is_there(
-    scripted_server: Scripted, tmp_path: Path
+    scripted_server: Scripted, tmp_path: Path, number: signal.Signals
 ) -> None:
     scripted_server.configure(ttft_s=0.005, tpot_s=0.2)
     process = started(scripted_server, tmp_path / "run", "--json")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     figures = json.loads(out)["figures"]["stages"][0]

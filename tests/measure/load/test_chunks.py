@@ -277,6 +277,15 @@ def test_reasoning_is_seen_before_the_answer() -> None:
     assert (reply.text, reply.reasoning) == ("7", "hmmm")
 
 
+def test_a_chunk_with_reasoning_and_text_is_visible() -> None:
+    row, _ = answered(
+        counted(choice({"reasoning": "hm"}), 2),
+        counted(choice({"reasoning": "m", "content": "7"}), 5),
+        *END,
+    )
+    assert (row.n_reasoning, row.n_out, row.t_first_visible_ns) == (2, 5, 2 * MS)
+
+
 def test_an_empty_answer_is_an_answer() -> None:
     row, reply = answered(choice({"role": "assistant", "content": ""}), *END)
     assert (reply.text, reply.finish_reason) == ("", "stop")
@@ -300,6 +309,10 @@ def test_an_event_named_error(data: str) -> None:
     answer = Answer(Request(), Clock(), chunks.openai)
     with pytest.raises(ServerError, match="dead"):
         answer.feed(0, f"event: error\ndata: {data}\n\n".encode())
+
+
+def test_an_error_that_is_no_text_is_told_all_the_same() -> None:
+    assert chunks.error_of(b'{"error": "\xff dead"}') == '{"error": "\ufffd dead"}'
 
 
 def test_bytes_that_are_no_text() -> None:

@@ -49,7 +49,7 @@ class FakeTransport(asyncio.Transport):
 class Owner:
     """A client that keeps nothing."""
 
-    timeouts, limits = Timeouts(), Limits()
+    timeouts, limits = Timeouts(total_s=10.0), Limits()
 
     def made(self, connection: Connection) -> None:
         pass

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_target import FakeTarget, asks, writer_at
 
 from penstock.measure import metrics
+from penstock.measure.load import notes
 from penstock.measure.load.alarm import Alarm
 from penstock.measure.load.driver import Loaded, Windows, closed_loop, open_loop, warm_up
 from penstock.measure.load.figures import load_figures
 from penstock.measure.load.target import Ask, Reply
-from penstock.measure.records import Mark, Request, Sample
+from penstock.measure.records import Mark, Record, Request, Sample
 from penstock.measure.run import Run
 
 pytestmark = pytest.mark.anyio
@@ -79,7 +82,9 @@ async def test_a_limit_of_concurrency_is_a_wait_that_is_told(tmp_path: Path) -> 
     assert any(
         "limit of 2 requests at a time held back 4 of 6" in note for note in figures["notes"]
     )
-    assert not any("late" in problem for problem in figures["problems"])
+    late_s = notes._late_s(loaded.rows)
+    assert late_s is not None
+    assert late_s < 0.08  # with the wait it would be 0.1
 
 
 async def test_answers_that_do_not_come_in_time_are_cut(tmp_path: Path) -> None:
@@ -286,3 +291,81 @@ async def test_an_alarm_wakes_in_time_and_gives_up_when_cancelled() -> None:
         await waiting
     await alarm.until(time.perf_counter_ns() - 5)
     alarm.close()
+
+
+async def test_a_load_that_ends_before_its_time_ends_its_window(tmp_path: Path) -> None:
+    """Ten requests by two clients take 0.1 s: the other 30 s are no time of load."""
+    windows = Windows(steady_s=30.0)
+    target = FakeTarget(answer_s=0.02)
+    with writer_at(tmp_path) as writer:
+        loaded = await closed_loop(target, asks(10), concurrency=2, writer=writer, windows=windows)
+    window_s = load_figures(loaded.rows, loaded.marks)["window"]["duration_s"]
+    assert 0.08 <= window_s < 2
+
+
+async def test_a_request_is_never_due_before_the_load_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timers of a loop may be early; without a ramp, the first requests were lost to it."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda delay_s: sleep(delay_s / 2))
+    with writer_at(tmp_path) as writer:
+        loaded = await closed_loop(FakeTarget(), asks(4), concurrency=4, writer=writer)
+    assert {row.phase for row in loaded.rows} == {"steady"}
+
+
+async def test_the_loop_is_watched_to_the_end_of_a_short_stage(tmp_path: Path) -> None:
+    target = FakeTarget(blocks_s=0.06)
+    with writer_at(tmp_path / "run") as writer:
+        await closed_loop(target, asks(2), concurrency=1, writer=writer)
+    samples = [one for one in Run(tmp_path / "run").records if isinstance(one, Sample)]
+    assert max(sample.values["loop_lag_s"] for sample in samples) >= 0.04
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+async def test_what_cannot_be_written_ends_the_load_at_once(tmp_path: Path, loop: str) -> None:
+    def finish(ask: Ask, row: Request, reply: Reply | None) -> None:
+        raise OSError("No space left on device")
+
+    begin_s = time.monotonic()
+    with writer_at(tmp_path) as writer:
+        target, windows = FakeTarget(answer_s=0.1), Windows(steady_s=10)
+        more: dict[str, Any] = {"writer": writer, "windows": windows, "finish": finish}
+        if loop == "open":
+            load = open_loop(target, asks(200), [n / 20 for n in range(200)], **more)
+        else:
+            load = closed_loop(target, asks(200), concurrency=3, **more)
+        with pytest.raises(OSError, match="No space"):
+            await load
+    assert time.monotonic() - begin_s < 5
+    assert gc.isenabled()
+
+
+async def test_garbage_is_collected_again_also_where_a_stage_cannot_begin_or_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writer_at(tmp_path) as writer:
+        add = writer.add
+        for failing in ("stage_begin", "stage_end"):
+
+            def refuse(record: Record, failing: str = failing) -> None:
+                if isinstance(record, Mark) and record.name == failing:
+                    raise OSError("No space left on device")
+                add(record)
+
+            monkeypatch.setattr(writer, "add", refuse)
+            with pytest.raises(OSError, match="No space"):
+                await closed_loop(FakeTarget(), asks(1), concurrency=1, writer=writer)
+            assert gc.isenabled()
+
+
+async def test_nothing_is_collected_while_a_stage_lasts(tmp_path: Path) -> None:
+    collects: list[bool] = []
+
+    def look(number: int) -> None:
+        collects.append(gc.isenabled())
+
+    with writer_at(tmp_path) as writer:
+        await closed_loop(FakeTarget(error=look), asks(3), concurrency=1, writer=writer)
+    assert collects == [False] * 3
+    assert gc.isenabled()

@@ -1,15 +1,19 @@
-"""What an endpoint makes of its URL and its headers, and what it never repeats."""
+"""What an endpoint makes of its URL, headers and fields, and what it never repeats."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from scripted_server import Scripted
 
 from penstock.errors import ConfigError
 from penstock.measure.load.connection import Timeouts
+from penstock.measure.load.dialects import DIALECTS, USUAL
 from penstock.measure.load.endpoint import Endpoint, address_of
 from penstock.measure.load.http import Client
+from penstock.measure.load.target import Ask
+from penstock.measure.records import Clock, Request
 
 
 @pytest.mark.parametrize(
@@ -67,5 +71,34 @@ def test_connecting_takes_no_longer_than_all(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(client, "_dial", lambda: asyncio.sleep(30))
         await client._connect(None)  # type: ignore[arg-type]
 
-    with pytest.raises(Exception, match="No connection within `0.01` s"):
+    with pytest.raises(Exception, match=r"No connection within `0\.01` s"):
         asyncio.run(connect())
+
+
+def test_no_half_of_a_secret_is_left_where_a_message_is_cut() -> None:
+    target, row = Endpoint("http://a", model="m", api_key="of-the-user"), Request()
+    target._fail(row, "server", "x" * 395 + "of-the-user")
+    assert row.error == "x" * 395 + "***"
+    target._fail(row, "server", "x" * 5000)
+    assert row.error == "x" * 400
+
+
+def test_fields_of_the_user_win_over_ours() -> None:
+    ask = Ask(prompt_id="p", prompt="a", max_tokens=8, extra={"max_tokens": 3, "top_k": 1})
+    body = DIALECTS["openai-chat"].body(ask, "m", USUAL)
+    assert (body["max_tokens"], body["top_k"], body["model"]) == (3, 1, "m")
+
+
+@pytest.mark.anyio
+async def test_the_end_of_a_retried_request_is_that_of_the_last_attempt(
+    scripted_server: Scripted,
+) -> None:
+    scripted_server.configure(fail={"status": 429, "retry_after_s": 0, "first": 1}, hang_at=0)
+    target = Endpoint(scripted_server.url, model="scripted", probe=False, retries=1, timeout_s=0.2)
+    row = Request()
+    assert await target.ask(Ask(prompt_id="p", prompt="a", max_tokens=2), row, Clock()) is None
+    await target.close()
+    assert (row.error_class, row.retries) == ("timeout", 1)
+    assert row.t_sent_ns is not None
+    assert row.t_done_ns is not None
+    assert row.t_done_ns - row.t_sent_ns >= 0.2e9

@@ -146,6 +146,13 @@ def test_counts_that_nobody_told_are_in_no_rate() -> None:
     made = load_figures(rows, marks())
     assert made["tokens"]["output_per_s"] == 0
     assert made["latency"]["tpot_s"]["n"] == 0
+    chunks = [
+        msgspec.structs.replace(request(n, 3.0 + n), chunk_n=[], count_source="chunks")
+        for n in range(3)
+    ]
+    made = load_figures(chunks, marks())  # as the client writes them: chunks stand for tokens
+    assert made["tokens"]["output_per_s"] == 0
+    assert made["tokens"]["output"]["n"] == 0
     assert any("Nobody said how many tokens 3 answers have" in note for note in made["notes"])
     spread = [msgspec.structs.replace(request(n, 3.0 + n), chunk_n=[]) for n in range(3)]
     made = load_figures(spread, marks())
@@ -292,3 +299,31 @@ def test_progress_on_a_terminal_and_in_a_log(capsys: pytest.CaptureFixture[str])
     assert "3/3" in stream.getvalue()
     progress.say("done")
     assert stream.getvalue().endswith("done\n")
+
+
+def test_a_server_that_refuses_connections_does_not_make_the_client_late() -> None:
+    rows = [request(n, 2.0 + n / 2) for n in range(16)]
+    for row in rows[::4]:
+        row.t_sent_ns, row.t_first_ns, row.error_class = None, None, "connect"
+    made = load_figures(rows, marks())
+    assert made["rate"]["achieved_per_s"] == pytest.approx(2.0)
+    assert not made["problems"]
+    slow = [msgspec.structs.replace(row, details={"connect_s": 0.05}) for row in rows]
+    for row in slow:
+        row.t_sent_ns = (row.t_due_ns or 0) + 52 * MS
+    assert not load_figures(slow, marks())["problems"]
+
+
+def test_all_at_once_is_no_rate() -> None:
+    rows = [request(n, 2.0) for n in range(4)]
+    made = load_figures(rows, marks(2.0001))
+    assert made["rate"]["scheduled_per_s"] is None
+    assert made["rate"]["answered_per_s"] == pytest.approx(4.0)
+    assert not made["problems"]
+
+
+def test_the_client_is_watched_until_the_last_answer() -> None:
+    lag = Sample(t_ns=11 * S, source="client", values={"loop_lag_s": 0.4})
+    ended = [*marks()[:3], Mark(t_ns=12 * S, stage="load", name="stage_end")]
+    problems = load_figures(stage_rows(), ended, meters=[lag])["problems"]
+    assert any("stood still for 0.4 s" in problem for problem in problems)

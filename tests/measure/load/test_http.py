@@ -295,13 +295,63 @@ async def test_nobody_listens() -> None:
 async def test_who_is_cancelled_closes_the_connection() -> None:
     async with serving(HANG, OK) as server:
         client = Client(server.url)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.02):
-                await send(client)
+        asking = asyncio.create_task(send(client))
+        while not server.requests:  # noqa: ASYNC110 - the server tells nobody
+            await asyncio.sleep(0.001)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
         assert (await send(client)).body == b"hello"
         await client.close()
     assert server.connections == [1, 1]
     assert server.num_gone == 2
+
+
+async def test_a_connection_that_is_closing_is_not_used() -> None:
+    async with serving(OK, OK) as server:
+        client = Client(server.url)
+        await send(client)
+        next(iter(client._idle)).transport.close()
+        exchange, body = await send(client)
+        await client.close()
+    assert (body, exchange.resent) == (b"hello", False)
+
+
+async def test_a_request_that_is_sent_again_keeps_its_first_time() -> None:
+    async with serving(OK, OK) as server:
+        client, exchange = Client(server.url), Exchange(lambda *_: None)
+        exchange.t_sent_ns = 7
+        await client.send(exchange, client.head("POST", "/x"))
+        await client.close()
+    assert exchange.t_sent_ns == 7
+
+
+async def test_an_address_that_fails_is_looked_up_again() -> None:
+    async with serving(OK) as server:
+        client = Client(server.url)
+        client._addresses = ["127.0.0.2"]
+        client._resolved_s = asyncio.get_running_loop().time()
+        assert (await fails(client))[0] is Failure.CONNECT
+        assert (await send(client)).body == b"hello"
+        await client.close()
+
+
+async def test_hundreds_that_are_cancelled_leave_nothing() -> None:
+    async with serving(*[HANG] * 300) as server:
+        client = Client(server.url, max_connections=100)
+        tasks = [asyncio.create_task(send(client)) for _ in range(300)]
+        for delay_s in (0.0, 0.001, 0.02):  # while connecting, sending, waiting
+            await asyncio.sleep(delay_s)
+            for task in tasks[::3] if delay_s == 0.0 else tasks[1::3] if delay_s < 0.01 else tasks:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert all(task.cancelled() for task in tasks)
+        assert not client._open
+        assert not client._idle
+        assert client._places is not None
+        assert client._places._value == 100
+        await client.close()
 
 
 async def test_what_a_reader_raises_comes_out() -> None:

@@ -12,6 +12,7 @@ from scripted_server import Scripted
 
 from penstock import __version__
 from penstock.errors import ConfigError
+from penstock.measure.load import probes
 from penstock.measure.load.endpoint import Endpoint
 from penstock.measure.load.target import Ask
 from penstock.measure.records import Clock, Request
@@ -73,6 +74,28 @@ async def test_who_refuses_fields_gets_the_others(scripted_server: Scripted) -> 
     assert body["temperature"] == 0.0
 
 
+async def test_who_breaks_on_a_field_is_asked_without_it(scripted_server: Scripted) -> None:
+    """Some servers' code answers 500 to an argument that it does not know."""
+    scripted_server.configure(fail={"status": 500, "first": 1}, refuse=("min_tokens",))
+    target = await connected(scripted_server.url)
+    assert [limit.split("`")[1] for limit in target.limits] == ["min_tokens"]
+
+
+async def test_a_listing_that_is_no_text_is_none() -> None:
+    class Garbled:
+        async def get(self, path: str) -> tuple[int, dict[str, str], bytes]:
+            return 200, {}, b'{"data": "\xff"}'
+
+    assert await probes._get(Garbled(), "/v1/models") == (200, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [lambda listed: {"data": listed}, lambda listed: listed])
+def test_listings_of_models(wrap: Any) -> None:
+    listed = [{"id": "a", "owned_by": "vllm"}, {"id": "b"}, {"name": "c"}, "d"]
+    assert probes._entries(wrap(listed)) == {"a": "vllm", "b": ""}
+    assert probes._entries("no listing") == {}
+
+
 async def test_a_server_with_the_newer_limit(scripted_server: Scripted) -> None:
     scripted_server.configure(refuse=("max_tokens", "temperature"))
     target = await connected(scripted_server.url)
@@ -123,7 +146,8 @@ async def test_a_busy_server_is_asked_again(scripted_server: Scripted) -> None:
     [
         ({"models": ("a", "b")}, {}, "serves `2` models: a, b"),
         ({"models": ()}, {}, "does not list its models"),
-        ({"api_key": "k"}, {}, "refuses the key (status `401`)"),
+        ({"api_key": "k"}, {}, "wants a key (status `401`)"),
+        ({"api_key": "k"}, {"api_key": "x"}, "refuses the key (status `401`)"),
         ({"fail": {"status": 500}}, {}, "gives no answer (http_500): try again later"),
         (
             {"refuse": ("model",)},

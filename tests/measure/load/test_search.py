@@ -148,3 +148,43 @@ def test_points() -> None:
 )
 def test_saturation_is_seen_above_capacity_only(rate: float, saturated: bool) -> None:
     assert figures_at(Point(rate=rate))["trends"]["saturated"] is saturated
+
+
+async def test_the_highest_rate_allowed_is_tried_as_it_was_written() -> None:
+    found = await search.highest_rate(Measured(), start=5, most=17.77)
+    assert (found.highest_passing, found.lowest_failing) == (17.77, None)
+    assert found.tried[-1].rate == 17.77
+    assert "passes" in found.ended
+
+
+def stage(**more: Any) -> dict[str, Any]:
+    """Figures of a stage, as far as a search looks at them."""
+    made: dict[str, Any] = {"slo": [{"limit": "x", "kept": True}], "goodput": None, "problems": []}
+    made |= {"trends": {"saturated": False}, "requests": {"num_ok": 9}}
+    made |= {"tokens": {"output_per_s": 1.0}, "rate": {"answered_per_s": 1.0}}
+    return made | more
+
+
+async def test_a_saturated_rate_does_not_pass_and_a_bracket_is_as_narrow_as_asked() -> None:
+    """Limits are kept everywhere: above 10 a second only the queue grows."""
+
+    async def measure(point: Point) -> Mapping[str, Any]:
+        return stage(trends={"saturated": (point.rate or 0) > 10})
+
+    found = await search.highest_rate(measure, start=1, precision=0.1)
+    assert found.lowest_failing is not None
+    assert found.highest_passing is not None
+    assert found.highest_passing <= 10 < found.lowest_failing
+    assert found.lowest_failing <= found.highest_passing * 1.1
+    assert {tried.why for tried in found.tried} == {"", "saturated"}
+
+
+async def test_a_rise_of_two_per_cent_is_none() -> None:
+    points: list[Point] = []
+
+    async def measure(point: Point) -> Mapping[str, Any]:
+        points.append(point)
+        return stage(tokens={"output_per_s": 100 * 1.02 ** len(points)})
+
+    await search.sweep(search.clients_up_to(256), measure)
+    assert len(points) == 3

@@ -65,7 +65,8 @@ def test_vllms_way_is_in_milliseconds() -> None:
 @pytest.mark.parametrize(
     "text",
     ["ttft", "ttft=5", "ttft=-1s", "itl=1s", "ttft_p95", "ttft_p0=1s", "ttft_p100=1s", "ttft=1h",
-     "error_rate_p95=1", "error_rate=1s", "ttft=1%", "ttft_p95=0.5s;tpot=1s", "goodput=1s"],
+     "error_rate_p95=1", "error_rate=5", "error_rate=1s", "ttft=1%", "ttft_p95=0.5s;tpot=1s",
+     "goodput=1s"],
 )  # fmt: skip
 def test_what_is_no_limit(text: str) -> None:
     with pytest.raises(ConfigError, match="`"):
@@ -127,3 +128,26 @@ def test_nothing_known_is_nothing_kept() -> None:
     (found,) = slo.judge([], slo.parse("ttft_p95=1s"))
     assert (found["value"], found["kept"], found["n"]) == (None, False, 0)
     assert not math.isnan(found["n"])
+
+
+def test_a_limit_that_the_cut_may_break_is_not_kept() -> None:
+    """Half of them waited 1 s when the run ended: nobody knows their quantile."""
+    rows = [*(answered(0.1) for _ in range(5)), *(cut(1.0) for _ in range(5))]
+    (found,) = slo.judge(rows, slo.parse("e2e_p95=2s"))
+    assert (found["kept"], found["undecided"]) == (False, True)
+    (median,) = slo.judge([*rows, answered(0.1), answered(0.1)], slo.parse("e2e_p50=2s"))
+    assert (median["kept"], median["undecided"]) == (True, False)
+    (first,) = slo.judge([cut(1.0, first_s=0.4)], slo.parse("ttft_p95=0.5s"))
+    assert first["kept"]  # that part of it was over
+    (broken,) = slo.judge([answered(3.0), cut(1.0)], slo.parse("e2e_mean=2s"))
+    assert (broken["kept"], broken["undecided"]) == (False, False)
+
+
+def test_an_answer_whose_figure_is_unknown_is_neither_good_nor_bad() -> None:
+    uncounted = answered(1.0)
+    uncounted.count_source, uncounted.chunk_n = "chunks", []
+    assert slo.is_good(uncounted, slo.parse("tpot=50ms")) is None
+    whole = answered(1.0)
+    whole.t_first_ns = None
+    assert slo.is_good(whole, slo.parse("ttft=1s")) is None
+    assert slo.is_good(whole, slo.parse("ttft=1s,e2e=0.5s")) is False

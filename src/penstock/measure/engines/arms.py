@@ -14,11 +14,12 @@ from pathlib import PurePath
 from urllib.parse import unquote, urlsplit
 
 from penstock.errors import ConfigError
-from penstock.measure.engines.recipes import RECIPES
+from penstock.measure.engines.recipes import ENVIRONMENT, RECIPES
 
 URL, IN_PROCESS = "url", "inprocess"
 URL_OPTIONS = frozenset({"dialect", "engine", "precision"})
 _LABEL = re.compile(r"(?P<label>[\w.+-]+)=(?P<rest>.+)", re.DOTALL)
+_ADDRESS = re.compile(r"(localhost|(?!penstock:)[\w.-]+:\d{2,5}|\[[\da-f:]+\]:\d+)(/\S*)?(#\S*)?")
 _RECIPE = re.compile(r"(?P<recipe>[a-z][a-z0-9_-]*):(?P<rest>.*)", re.DOTALL)
 _SECRET = re.compile(r"(^|[-_.])(api[-_]?key|key|token|password|secret|authorization)$", re.I)
 
@@ -56,12 +57,19 @@ def parse_arm(text: str) -> ArmSpec:
         return _url(text, target, label)
     found = _RECIPE.fullmatch(target)
     kind, rest = (found["recipe"], found["rest"]) if found else ("penstock", target)
+    if _ADDRESS.fullmatch(target) and kind not in (IN_PROCESS, *RECIPES.keys() - {"penstock"}):
+        raise ConfigError(
+            f"The arm `{text}` is an address without `http://`.",
+            hint=f"did you mean `{labelled['label'] + '=' if labelled else ''}http://{target}`?",
+        )
     if kind not in RECIPES and kind != IN_PROCESS:
         raise _wrong(text, f"there is no recipe `{kind}`")
     model, _, query = rest.partition("?")
     if not model:
         raise _wrong(text, "it names no model")
     options = _options(text, query)
+    if kind in RECIPES:
+        _check_options(text, options, RECIPES[kind].own_flags)
     shown = PurePath(model).name or model
     name = label or f"{kind}:{shown}{'?' if query else ''}{unquote(query)}"
     return ArmSpec(text=text, name=name, kind=kind, location=unquote(model), options=options)
@@ -91,7 +99,7 @@ def _url(text: str, target: str, label: str) -> ArmSpec:
         parts = urlsplit(target)
         port = parts.port
     except ValueError as error:
-        raise _wrong(text, f"its URL is none: {error}") from None
+        raise _wrong(text.rpartition("@")[2], f"its URL is none: {error}") from None
     if parts.scheme not in ("http", "https"):
         raise _wrong(text, f"a URL begins with `http://` or `https://`, not `{parts.scheme}://`")
     if not parts.hostname:
@@ -114,11 +122,23 @@ def _url(text: str, target: str, label: str) -> ArmSpec:
     return ArmSpec(text=text, name=name, kind=URL, location=location, model=model, options=options)
 
 
+def _check_options(text: str, options: Mapping[str, str | None], taken: frozenset[str]) -> None:
+    """Refuse what would undo the recipe, such as `host=0.0.0.0`, or cannot be told to a process."""
+    for name, value in options.items():
+        if name.replace("-", "_") in taken:
+            raise _wrong(text, f"`{name}` is decided by the recipe")
+        if name.startswith(ENVIRONMENT) and not re.fullmatch(r"\w+", name[len(ENVIRONMENT) :]):
+            raise _wrong(text, f"`{name}` names no variable")
+        if "\0" in name + (value or ""):
+            raise _wrong(text, "it holds a null byte")
+
+
 def _options(text: str, query: str) -> dict[str, str | None]:
     """`a=1&b` as {"a": "1", "b": None}; a plus sign stays one."""
     options: dict[str, str | None] = {}
     for part in query.split("&") if query else []:
         name, has_value, value = part.partition("=")
+        name = unquote(name)
         if not name:
             raise _wrong(text, f"`{part}` is no option")
         if _SECRET.search(name):
@@ -128,7 +148,7 @@ def _options(text: str, query: str) -> dict[str, str | None]:
             )
         if name in options:
             raise _wrong(text, f"it has the option `{name}` twice")
-        options[unquote(name)] = unquote(value) if has_value else None
+        options[name] = unquote(value) if has_value else None
     return options
 
 

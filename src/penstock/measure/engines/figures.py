@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from penstock.measure.environment import busy_note
 from penstock.measure.load.notes import MAX_LAG_S
 from penstock.measure.meters.energy import energy_of, per
 from penstock.measure.meters.figures import memory_figures
@@ -44,7 +45,7 @@ FORMULAS = {
         "tokens/s", "higher", "sum of n_out / (last t_done - first t_sent)"
     ),
     "total_tokens_per_s": Formula(
-        "tokens/s", "higher", "sum of n_in + n_out / (last t_done - first t_sent)"
+        "tokens/s", "higher", "sum of (n_in + n_out) / (last t_done - first t_sent)"
     ),
     "requests_per_s": Formula("1/s", "higher", "answers / (last t_done - first t_sent)"),
     "ttft_p95_s": Formula("s", "lower", "95th percentile of t_first - t_sent"),
@@ -84,7 +85,10 @@ def figures(header: Header, records: Sequence[Record]) -> tuple[dict[str, Any], 
     ]
     problems = [problem for arm in arms.values() for problem in arm.problems()]
     about = {name: arm.about() for name, arm in arms.items()}
-    return {"first": names[0], "arms": about, "rows": rows, "problems": problems}, problems
+    made: dict[str, Any] = {"first": names[0], "arms": about, "rows": rows, "problems": problems}
+    busy = busy_note(header.environment)
+    made["notes"] = [] if busy is None else [busy]
+    return made, problems
 
 
 def _row(stage: str, figure: str, arms: Mapping[str, _Arm], first: str) -> dict[str, Any]:
@@ -126,6 +130,7 @@ class _Arm:
         marks = [one for one in records if isinstance(one, Mark) and one.arm == name]
         self.started = [mark for mark in marks if mark.name == "started"]
         self.failed = [mark for mark in marks if mark.name == "failed"]
+        self._num_ended = sum(mark.name == "ended" for mark in marks)
         stages = {work["stage"] for work in header.settings["works"]}
         self._rows = [
             one
@@ -234,6 +239,12 @@ class _Arm:
             + mark.facts["reason"].partition("\n")[0]
             for mark in self.failed
         ]
+        num_rounds = self._header.settings["num_rounds"]
+        if not self.failed and self._num_ended < num_rounds:
+            found.append(
+                f"{self.name}: the run was interrupted, with {self._num_ended} of {num_rounds} "
+                "rounds ended."
+            )
         if bad := [row for row in self._rows if not row.ok]:
             found.append(
                 f"{self.name}: {len(bad)} of {len(self._rows)} requests have no whole answer; the "

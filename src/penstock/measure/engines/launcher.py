@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ async def launched(
     *,
     log_dir: Path,
     api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
     timeout_s: float = READY_TIMEOUT_S,
     clock: Clock | None = None,
     request_timeout_s: float = 600.0,
@@ -66,9 +67,10 @@ async def launched(
     Args:
         log_dir: where the output of a started engine goes, as `<name>.log`.
         api_key: for a URL; an engine that is started here is asked for none.
+        headers: more of them, for a URL.
         timeout_s: from the start until it is ready (`ready_timeout_s=` of the arm goes before it).
         clock: of the first answer's row.
-        request_timeout_s: for a whole answer, over HTTP.
+        request_timeout_s: for a whole answer.
 
     Raises:
         ConfigError: the engine is not installed, or does not answer at its URL, or an option is
@@ -78,13 +80,13 @@ async def launched(
     clock = clock or Clock()
     endpoint = {"timeout_s": request_timeout_s, "max_connections": max_connections}
     if spec.kind == URL:
-        running = await _connected(spec, api_key, endpoint)
+        running = await _connected(spec, api_key, {**endpoint, "headers": headers})
         try:
             yield running
         finally:
             await running.target.close()
     elif spec.kind == IN_PROCESS:
-        running = await _in_process(spec, clock)
+        running = await _in_process(spec, clock, request_timeout_s)
         try:
             yield running
         finally:
@@ -112,16 +114,16 @@ async def _connected(spec: ArmSpec, api_key: str | None, endpoint: dict[str, Any
     return _named(Running(spec=spec, target=target, arm=target.arm, url=spec.location))
 
 
-async def _in_process(spec: ArmSpec, clock: Clock) -> Running:
+async def _in_process(spec: ArmSpec, clock: Clock, timeout_s: float) -> Running:
     """penstock's engine on a thread of this process. Imports it, only now."""
     from penstock.measure.offline import InProcess
 
     started_s = time.perf_counter()
-    target = InProcess.of(spec.location, spec.options, arm_name=spec.name)
-    await target.start()
+    target = InProcess.of(spec.location, spec.options, arm_name=spec.name, timeout_s=timeout_s)
     running = Running(spec=spec, target=target, arm=target.arm)
-    running.startup["load_s"] = time.perf_counter() - started_s
     try:
+        await target.start()
+        running.startup["load_s"] = time.perf_counter() - started_s
         await _first_answer(running, clock)
     except BaseException:
         await target.close()
@@ -173,9 +175,11 @@ async def _started(
         version = await asyncio.to_thread(recipes.version, spec)
         yield _named(running, version)
     finally:
-        if target is not None:
-            await target.close()
-        await process.end()
+        try:
+            if target is not None:
+                await target.close()
+        finally:
+            await process.end()
 
 
 async def _connect(target: Endpoint, process: EngineProcess) -> None:

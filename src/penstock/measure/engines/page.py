@@ -26,12 +26,20 @@ DRAWN = {
     "throughput": ("total_tokens_per_s", "output_tokens_per_s"),
     "memory": ("peak_rss_bytes",),
 }
+# What the page says first, with the figure and the stage put in.
+TOLD = {
+    ("startup", "total_s"): "first answer after {0}",
+    ("latency", "ttft_s"): "first token in {0} ({1})",
+    ("latency", "decode_tokens_per_s"): "then {0}",
+    ("throughput", "output_tokens_per_s"): "{0} of answers ({1})",
+    ("memory", "peak_rss_bytes"): "{0} of memory",
+}
 MAX_NAME = 24  # of an arm at the head of a column of a terminal's table
 
 
 def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) -> str:
     """The page of a run of the kind `engines`."""
-    kinds = {work["stage"]: work["kind"] for work in header.settings["works"]}
+    kinds = _kinds(header)
     stages = list(dict.fromkeys(row["stage"] for row in figures["rows"]))
     sections = [_stage(stage, kinds.get(stage, stage), figures) for stage in stages]
     sections.append(_notes(header, figures))
@@ -43,17 +51,49 @@ def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) 
     )
 
 
+def _kinds(header: Header) -> dict[str, str]:
+    return {work["stage"]: work["kind"] for work in header.settings["works"]}
+
+
 def _summary(header: Header, figures: Mapping[str, Any]) -> list[str]:
     num_rounds = header.settings["num_rounds"]
     lines = [
+        *sentences(figures, _kinds(header)),
         f"{len(figures['arms'])} arms in {num_rounds} round{'s' if num_rounds > 1 else ''}, each "
         "started anew in each round, every other round in the opposite order. A figure is the "
         "median over rounds (in brackets the extremes); a ratio is the median of each round's "
-        f"ratio to {figures['first']}."
+        f"ratio to {figures['first']}.",
     ]
     for name, arm in figures["arms"].items():
         lines += [f"{name} failed ({one['stage']}): {one['reason']}" for one in arm["failed"]]
-    return lines
+    return [*lines, *figures["notes"]]
+
+
+def sentences(figures: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
+    """What it came to, in plain words: a sentence for each arm.
+
+    Args:
+        kinds: of the stages.
+    """
+    told = []
+    for name in figures["arms"]:
+        parts = [
+            TOLD[key].format(_with_ratio(cell, row["unit"], name, figures["first"]), row["stage"])
+            for row in figures["rows"]
+            if (key := (kinds.get(row["stage"], row["stage"]), row["figure"])) in TOLD
+            and (cell := row["arms"][name]) is not None
+        ]
+        if parts:
+            told.append(f"{name}: {'; '.join(parts)}.")
+    return told
+
+
+def _with_ratio(cell: Mapping[str, Any], unit: str, name: str, first: str) -> str:
+    """`12.1 ms (0.52 times that of brook)`."""
+    value = quantity(cell["median"], unit)
+    if name == first or cell["ratio"] is None:
+        return value
+    return f"{value} ({cell['ratio']:.2f} times that of {first})"
 
 
 def _stage(stage: str, kind: str, figures: Mapping[str, Any]) -> pages.Section:
@@ -172,6 +212,7 @@ def text_table(figures: Mapping[str, Any]) -> str:
         made += ["", *(f"{head} {name}" for head, name in zip(heads, names, strict=True))]
     for name, arm in figures["arms"].items():
         made += [f"{name} failed ({one['stage']}): {one['reason']}" for one in arm["failed"]]
+    made += ["", *(f"- {note}" for note in figures["notes"])] if figures["notes"] else []
     spent = [energy for arm in figures["arms"].values() for energy in arm["energy"].values()]
     if spent:
         made += ["", f"Energy is {spent[0]['label']}: {spent[0]['explanation']}"]

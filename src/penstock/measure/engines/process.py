@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +32,27 @@ _TERMINATE_S = 15.0  # an engine may wait for its own children; then it is kille
 _KILL_S = 5.0
 _NUM_TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
-# An engine that is started here is ours alone on loopback: it needs no key, and gets none.
-_SECRETS = ("PENSTOCK_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY", "HF_TOKEN")
+# An engine that is started here is ours alone on loopback: it needs no key, and gets none,
+# whatever the user's variable is called (`--api-key-env`).
+_SECRET = re.compile(r"(^|_)(API_?KEY|SECRET|ACCESS_KEY|TOKEN|PASSWORD)$", re.IGNORECASE)
+_FAMILY = "PENSTOCK_MEASURED_ENGINE"  # a variable by which an engine's own children are known
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class EngineFailed(PenstockError):
     """An engine did not start, died, or does not answer; the hint has the end of its log."""
+
+
+@contextlib.contextmanager
+def sigterm_cancels() -> Iterator[None]:
+    """SIGTERM cancels the task that is within, as Ctrl-C does, so that engines are ended."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def free_port(host: str) -> int:
@@ -59,7 +75,8 @@ class EngineProcess:
             ConfigError: the program cannot be executed, or the log cannot be written.
         """
         self.name, self.log = name, log
-        inherited = {key: value for key, value in os.environ.items() if key not in _SECRETS}
+        self._family = secrets.token_hex(16)
+        inherited = {key: told for key, told in os.environ.items() if not _SECRET.search(key)}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as output:
@@ -69,7 +86,7 @@ class EngineProcess:
                 self._spawned_s = time.perf_counter()
                 self._process = subprocess.Popen(
                     command,
-                    env=inherited | dict(environment),
+                    env=inherited | dict(environment) | {_FAMILY: self._family},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -148,6 +165,7 @@ class EngineProcess:
             self._process.wait(_TERMINATE_S)
         # Whoever is left of its group, or of those it had put into groups of their own.
         self._signal(signal.SIGKILL)
+        family += self._orphans()
         for child in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()  # knows a process that got the number later from the one meant
@@ -155,6 +173,17 @@ class EngineProcess:
         deadline_s = time.monotonic() + _KILL_S
         while any(map(_is_alive, family)) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
+
+    def _orphans(self) -> list[psutil.Process]:
+        """Those that it started and that outlived it, whoever is their parent now."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(_FAMILY) == self._family and process.pid != self.pid:
+                    found.append(process)
+        return found
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePath
 from shutil import which
 from typing import TYPE_CHECKING
@@ -57,6 +58,13 @@ class Recipe:
     environment: Mapping[str, str] = field(default_factory=dict)
     models_are_paths: bool = False
     packages: tuple[str, ...] = ()
+
+    @property
+    def own_flags(self) -> frozenset[str]:
+        """Names, with underscores, of the flags that say where it listens and what it serves."""
+        pairs = pairwise(self.arguments)
+        told = {flag for flag, value in pairs if flag.startswith("--") and value.startswith("{")}
+        return frozenset(flag[2:].replace("-", "_") for flag in told) | {"host", "port"}
 
 
 RECIPES = {

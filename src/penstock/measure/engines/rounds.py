@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from penstock.measure.engines.workload import (
     takes_token_ids,
 )
 from penstock.measure.load.driver import closed_loop, warm_up
+from penstock.measure.load.endpoint import Endpoint
 from penstock.measure.load.target import Ask, Reply
 from penstock.measure.load.tokens import Counter
 from penstock.measure.load.words import GUESS, Words, measured
@@ -40,7 +41,7 @@ from penstock.measure.run import Writer
 
 IDLE_S = 5.0  # before the first round, where a meter of energy can be read
 MAX_WARM_UP_OUT = 16  # tokens of an answer of the warm-up
-FAILED, STARTED = "failed", "started"
+FAILED, STARTED, ENDED = "failed", "started", "ended"  # of an arm in a round
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Plan:
     is_cold: bool
     log_dir: Path
     api_key: str | None
+    headers: Mapping[str, str]
     ready_timeout_s: float
     request_timeout_s: float
     meter_interval_s: float
@@ -109,6 +111,7 @@ class _Block:
             spec,
             log_dir=plan.log_dir,
             api_key=plan.api_key if spec.kind == URL else None,
+            headers=plan.headers,
             timeout_s=plan.ready_timeout_s,
             clock=self.writer.clock,
             request_timeout_s=plan.request_timeout_s,
@@ -121,6 +124,7 @@ class _Block:
                 for work in plan.works:
                     self.stage = work.stage
                     await self._work(running, work)
+                self.writer.mark(ENDED, arm=spec.name, round=self.round_)
             finally:
                 self.sampler.remove(spec.name)
 
@@ -136,7 +140,7 @@ class _Block:
     def _started(self, running: Running, facts: dict[str, Any]) -> None:
         told = {
             "startup": running.startup,
-            "limits": running.target.limits,
+            "limits": [*running.target.limits, *_chat_limit(running)],
             "is_in_process": self.spec.kind == IN_PROCESS,
         }
         arm = msgspec.to_builtins(running.arm)
@@ -212,6 +216,19 @@ def _pid_of(running: Running) -> int | None:
     if parts.hostname not in ("localhost", "127.0.0.1") or parts.port is None:
         return None
     return listening_pid(parts.port, parts.hostname)
+
+
+def _chat_limit(running: Running) -> list[str]:
+    """A URL is asked in chat where it has one, an engine that is started in completions."""
+    target = running.target
+    if running.spec.kind != URL or not isinstance(target, Endpoint) or not target.asks_in_chat:
+        return []
+    if "dialect" in running.spec.options:
+        return []
+    return [
+        "Prompts are asked as chats, whose template adds tokens; `?dialect=openai-completions` "
+        "behind the URL asks as engines that are started here are asked."
+    ]
 
 
 def _text_of(ask: Ask) -> str | None:

@@ -70,7 +70,7 @@ class Bench:
         async with self._meters():
             await self._warm_up()
             ended = await search.sweep(points, self.stage)
-            self._writer.mark("note", message=f"The sweep ended: {ended}.")
+            self._writer.mark("sweep", ended=ended)
 
     async def search(self, *, start: float | None, most: float, precision: float) -> None:
         """Stages at rates that close in on the highest within the limits.
@@ -155,6 +155,8 @@ class Bench:
             self._writer.mark("words", **(facts | {"words": len(workload.words.words)}))
 
     def _finish(self, ask: Ask, row: Request, reply: Reply | None) -> None:
+        if ask.fixed_length:
+            row.details["asked_out"] = ask.max_tokens
         if self._price is not None:
             self._price(row)
         self._progress.add(row)

@@ -205,7 +205,7 @@ def error_of(data: str | bytes) -> str:
     """The message of an error: of its JSON, or its text in one line."""
     try:
         return error_text(msgspec.json.decode(data))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         text = data if isinstance(data, str) else data[:1000].decode("utf-8", "replace")
         return " ".join(text.split()) or "The server gives no reason."
 

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from penstock.measure.load.alarm import Alarm
@@ -104,38 +104,41 @@ async def closed_loop(
 ) -> Loaded:
     """Keep `concurrency` clients busy, each with one request at a time.
 
-    Ends when `asks` ends, or `ramp_s + steady_s` after the begin. Clients start one after another
-    over `ramp_s`. A request is due when its client is free.
+    Ends `ramp_s + steady_s` after the begin, or when `asks` ends; then the window ends at the last
+    due time, since clients go idle. They start one after another over `ramp_s`. A request is due
+    when its client is free.
     """
     run = _Stage(target, writer, stage, windows, prepare, finish)
     source = enumerate(asks)
     ramp_ns = round(windows.ramp_s * 1e9)
     end_s = math.inf if windows.steady_s is None else windows.ramp_s + windows.steady_s
     last_due_ns = 0
+    is_empty = False
 
     async def client(number: int) -> None:
-        nonlocal last_due_ns
+        nonlocal last_due_ns, is_empty
         begin_ns = run.begin_ns + ramp_ns * number // concurrency
-        await asyncio.sleep(max(0.0, (begin_ns - writer.clock.now_ns()) / 1e9))
+        while (left_ns := begin_ns - writer.clock.now_ns()) > 0:  # noqa: ASYNC110 - early timers
+            await asyncio.sleep(left_ns / 1e9)
         while (due_ns := writer.clock.now_ns()) < run.begin_ns + end_s * 1e9:
             found = next(source, None)
             if found is None:
+                is_empty = True
                 return
             index, ask = found
-            in_ramp = due_ns < run.begin_ns + ramp_ns
+            last_due_ns, in_ramp = due_ns, due_ns < run.begin_ns + ramp_ns
             row = run.row(index, due_ns, "ramp" if in_ramp else "steady")
-            last_due_ns = due_ns
             await run.ask(ask, row, None)
             if not row.ok:
                 await asyncio.sleep(ERROR_PAUSE_S)
 
     async with run.under_way({"loop": "closed", "concurrency": concurrency} | (facts or {})):
         clients = [run.spawn(client(number)) for number in range(concurrency)]
-        timeout_s = None
-        if math.isfinite(end_s):
-            timeout_s = max(0.0, end_s - (writer.clock.now_ns() - run.begin_ns) / 1e9)
-        await asyncio.wait(clients, timeout=timeout_s)
-        await run.drain(run.begin_ns + round(end_s * 1e9) if math.isfinite(end_s) else last_due_ns)
+        left_s = end_s - (writer.clock.now_ns() - run.begin_ns) / 1e9
+        timeout_s = max(0.0, left_s) if math.isfinite(end_s) else None
+        await asyncio.wait(clients, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        run.check()
+        await run.drain(last_due_ns if is_empty else run.begin_ns + round(end_s * 1e9))
     return Loaded(run.rows, run.marks)
 
 
@@ -187,35 +190,36 @@ class _Stage:
     @contextlib.asynccontextmanager
     async def under_way(self, facts: dict[str, Any]) -> AsyncIterator[None]:
         """The stage from its begin to its last row, whatever happens within."""
-        collects = gc.isenabled()
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # a collection stops the clock of every stream; a request leaves no cycles
-        self.begin_ns = self._clock.now_ns() + round(LEAD_S * 1e9)
-        ramp_ns = round(self._windows.ramp_s * 1e9)
-        windows = self._windows._asdict() | {"block": self._like.block}
-        self._mark(self.begin_ns, "stage_begin", facts | windows)
-        self._mark(self.begin_ns + ramp_ns, "steady_begin")
-        probe = asyncio.create_task(self._probe())
-        self._alarm = Alarm()
-        interrupted = True
-        try:
-            yield
-            interrupted = False
-        finally:
-            self._alarm.close()
-            probe.cancel()
-            await self._cut()
-            if not self._steady_ended:
-                self._mark(self._clock.now_ns(), "steady_end")
-            self._mark(self._clock.now_ns(), "stage_end", {"interrupted": interrupted})
-            gc.unfreeze()
-            if collects:
-                gc.enable()
+        with _no_collections():
+            self.begin_ns = self._clock.now_ns() + round(LEAD_S * 1e9)
+            ramp_ns = round(self._windows.ramp_s * 1e9)
+            windows = self._windows._asdict() | {"block": self._like.block}
+            self._mark(self.begin_ns, "stage_begin", facts | windows)
+            self._mark(self.begin_ns + ramp_ns, "steady_begin")
+            self._alarm = Alarm()
+            probe = asyncio.create_task(self._probe())
+            interrupted = True
+            try:
+                yield
+                interrupted = False
+            finally:
+                self._alarm.close()
+                await self._cut()
+                probe.cancel()
+                await asyncio.gather(probe, return_exceptions=True)
+                if not self._steady_ended:
+                    self._mark(self._clock.now_ns(), "steady_end")
+                self._mark(self._clock.now_ns(), "stage_end", {"interrupted": interrupted})
 
     async def until(self, at_ns: int) -> None:
         """Wait for a moment on the clock of the run. What is due already lets others run."""
         await self._alarm.until(at_ns + self._clock.zero_ns)
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a request raised, such as a full disk, instead of loading on in vain."""
+        if self._failure is not None:
+            raise self._failure
 
     def row(self, index: int, due_ns: int, phase: Phase) -> Request:
         """The row of a request that is due."""
@@ -268,9 +272,9 @@ class _Stage:
         self._mark(self._clock.now_ns() if load_end_ns is None else load_end_ns, "steady_end")
         self._steady_ended = True
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._windows.drain_s)
-        if self._failure is not None:
-            raise self._failure
+            drain_s = self._windows.drain_s
+            await asyncio.wait(self._tasks, timeout=drain_s, return_when=asyncio.FIRST_EXCEPTION)
+        self.check()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Forget a task, but not its error: one in a caller's function is one of the program."""
@@ -305,19 +309,34 @@ class _Stage:
 
     async def _probe(self) -> None:
         """Write down how late the event loop is at worst, and how much of a core it uses."""
-        worst_s, since_s, used_s = 0.0, time.perf_counter(), time.process_time()
         while True:
-            before_s = time.perf_counter()
-            await asyncio.sleep(PROBE_S)
-            now_s = time.perf_counter()
-            worst_s = max(worst_s, now_s - before_s - PROBE_S)
-            if now_s - since_s < SAMPLE_S:
-                continue
-            share = (time.process_time() - used_s) / (now_s - since_s)
-            values = {"loop_lag_s": worst_s, "cpu_share": share}
-            self._writer.add(
-                Sample(
-                    t_ns=self._clock.now_ns(), arm=self._like.arm, source="client", values=values
-                )
-            )
-            worst_s, since_s, used_s = 0.0, now_s, time.process_time()
+            worst_s, used_s = 0.0, time.process_time()
+            since_s = before_s = time.perf_counter()
+            try:
+                while before_s - since_s < SAMPLE_S:
+                    await asyncio.sleep(PROBE_S)
+                    now_s = time.perf_counter()
+                    worst_s = max(worst_s, now_s - before_s - PROBE_S)
+                    before_s = now_s
+            finally:  # also when the stage ends
+                now_s = time.perf_counter()
+                worst_s = max(worst_s, now_s - before_s - PROBE_S)
+                share = (time.process_time() - used_s) / max(1e-9, now_s - since_s)
+                values = {"loop_lag_s": worst_s, "cpu_share": share}
+                at_ns, arm = self._clock.now_ns(), self._like.arm
+                self._writer.add(Sample(t_ns=at_ns, arm=arm, source="client", values=values))
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """A collection stops the clock of every stream; a request leaves no cycles to collect."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()

@@ -10,7 +10,6 @@ import asyncio
 import email.utils
 import os
 import re
-import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Literal, NamedTuple
@@ -54,6 +53,31 @@ def api_key(variable: str | None = None) -> str | None:
             raise ConfigError(f"The environment variable `{variable}` is not set.")
         return os.environ[variable]
     return os.environ.get("PENSTOCK_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+
+
+def headers_of(pairs: Iterable[str]) -> dict[str, str]:
+    """Headers from `NAME=VARIABLE`: their values are in the environment, and so in no command.
+
+    Raises:
+        ConfigError: one is no such pair, or its variable is not set.
+    """
+    headers = {}
+    for pair in pairs:
+        name, equals, variable = pair.partition("=")
+        if not (name and equals and variable):
+            raise ConfigError(
+                f"`--header-env {name}` is no `NAME=VARIABLE`.", hint="such as `api-key=AZURE_KEY`"
+            )
+        if not os.environ.get(variable):
+            raise ConfigError(f"The environment variable `{variable}` is not set.")
+        headers[name] = os.environ[variable]
+    return headers
+
+
+def with_key(headers: Mapping[str, str], key: str | None) -> dict[str, str]:
+    """Headers with the key as `Authorization`, unless they say that themselves."""
+    has_own = any(name.lower() == "authorization" for name in headers)
+    return dict(headers) | ({"Authorization": f"Bearer {key}"} if key and not has_own else {})
 
 
 class Address(NamedTuple):
@@ -120,7 +144,6 @@ class Endpoint:
         max_connections: int | None = None,
         retries: int = 0,
         probe: bool = True,
-        verify_tls: bool = True,
         count_tokens: Callable[[str], int] | None = None,
     ) -> None:
         """Args:
@@ -139,14 +162,14 @@ class Endpoint:
         """
         address = address_of(url)
         self._address, self._dialect = address, dialect
-        self._headers = dict(headers or {})
-        self._secrets = _secrets_of(self._headers.values(), address.query)
+        self._headers = with_key(headers or {}, api_key)
+        self._secrets = _secrets_of((headers or {}).values(), address.query)
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
             self._secrets.insert(0, api_key)
+        self.has_key = bool(self._headers)
+        self.context_len: int | None = None  # tokens of prompt and answer, where the server tells
         timeouts = Timeouts(connect_timeout_s, first_byte_timeout_s, idle_timeout_s, timeout_s)
-        tls = None if verify_tls else _unverified()
-        self.client = Client(url, timeouts=timeouts, max_connections=max_connections, tls=tls)
+        self.client = Client(url, timeouts=timeouts, max_connections=max_connections)
         self._retries, self._probe, self._count_tokens = retries, probe, count_tokens
         self._heads: dict[str, bytes] = {}
         named = address.route if dialect == "auto" else dialect
@@ -168,6 +191,11 @@ class Endpoint:
         self._route: Route = route
         self._takes = takes
 
+    @property
+    def asks_in_chat(self) -> bool:
+        """Whether a text prompt becomes the message of a user."""
+        return self._route == "openai-chat"
+
     def by_shape(self) -> None:
         """From now on messages are a chat, and only a prompt is asked in the dialect named."""
         self._named_route = None
@@ -183,7 +211,7 @@ class Endpoint:
         """
         found = await probes.identity(self, self._address.base, self._address.root, self.arm.model)
         self.arm.model, self.arm.engine = found.model, found.engine
-        self.arm.engine_version = found.version
+        self.arm.engine_version, self.context_len = found.version, found.context_len
         if not self._is_named:
             self.arm.name = found.model or self.arm.name
         if found.engine == "tgi" and self._named_route is None and not found.has_openai:
@@ -350,10 +378,3 @@ def _secrets_of(headers: Iterable[str], query: str) -> list[str]:
 def _is_local(host: str) -> bool:
     """Whether a host has no name of its own: an address, or one without a dot."""
     return "." not in host or ":" in host or host.replace(".", "").isdigit()
-
-
-def _unverified() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context

@@ -7,6 +7,7 @@ makes the run worthless is a problem.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from penstock.measure.load.timeline import (
     edges_of,
     in_flight,
     input_in,
+    known_out,
     means_in_flight,
     output_in,
     output_tokens,
@@ -32,7 +34,8 @@ from penstock.measure.records import Header, Mark, Record, Request, Sample
 FORMULAS = {
     "window": "requests due from the end of the ramp to the end of the load; its length is exact",
     "scheduled_per_s": "requests due in the window / its length",
-    "achieved_per_s": "of these, requests sent / (the window, or until the last was sent if later)",
+    "achieved_per_s": "of these, requests sent, or tried to send to a server that was not there / "
+    "(the window, or until the last was sent if later)",
     "answered_per_s": "whole answers that ended in the window, of all requests / its length",
     "output_per_s": "output tokens whose chunk came in the window / its length, of all requests",
     "input_per_s": "prompt tokens of requests whose first token came in the window / its length",
@@ -41,7 +44,8 @@ FORMULAS = {
     "not good, requests that the end of the run cut are left out",
     "user_per_s": "1 / p90 of tpot_s",
     "saturated": "requests in flight and waits for the first token, as means of 12 parts of the "
-    "window, both rise (one-sided t test of the slope, p < 0.05) by a quarter or more",
+    "window, both rise (one-sided t test of the slope, p < 0.01) by more than their mean; or the "
+    "first do, and the end of the run cut a tenth of the requests before their first token",
 }
 _LINE_BINS, _LINE_BIN_S = 60, 0.5  # of the lines over time: at most so many, at least so long
 
@@ -70,7 +74,11 @@ def figures(header: Header, records: Sequence[Record]) -> tuple[dict[str, Any], 
         "search": next((mark.facts for mark in marks if mark.name == "search"), None),
         "notes": notes.of_run(header, marks, stages),
     }
-    return made, notes.named(stages, made["search"])
+    made["problems"] = [
+        *notes.unfinished(header, marks, stages),
+        *notes.named(stages, made["search"]),
+    ]
+    return made, made["problems"]
 
 
 def load_figures(
@@ -87,44 +95,47 @@ def load_figures(
         rows: of the stage.
         marks: of the stage, as the driver wrote them; without them, the window is all there is.
         meters: samples and marks of the whole run; those of other times and arms are ignored.
-        limits: see `penstock.measure.load.slo`.
         settings: of the header: prices of machines, power, carbon.
     """
     facts, window, complete = _frame(rows, marks)
     steady = [row for row in rows if row.phase == "steady"]
     answered = [row for row in steady if row.ok]
+    wide = _wide_enough(window, answered, rows)
+    first: Request | Mark | None = rows[0] if rows else marks[0] if marks else None
     made: dict[str, Any] = {
-        "stage": rows[0].stage if rows else (marks[0].stage if marks else ""),
-        "arm": rows[0].arm if rows else (marks[0].arm if marks else ""),
+        "stage": first.stage if first else "",
+        "arm": first.arm if first else "",
         "loop": facts.get("loop", "unknown"),
         "load": {name: facts[name] for name in ("rate", "concurrency") if name in facts},
     }
-    wide = _wide_enough(window, answered, rows)
     made |= {
         "window": {"begin_s": window.begin_ns / 1e9, "duration_s": window.duration_s},
         "throughput_window": "steady" if wide == window else "whole stage",
         "requests": _requests(rows, steady),
-        "rate": _rates(rows, steady, window, facts),
-        "latency": {
-            name: metrics.summarize(figure(row) for row in answered)
-            for name, figure in metrics.OF_REQUEST.items()
-        },
+        "rate": _rates(rows, steady, window, wide, facts),
+        "latency": _latencies(answered),
         "tokens": _tokens(rows, answered, wide),
         "goodput": _goodput(steady, limits, window if window.duration_s else wide),
         "slo": slo.judge(steady, limits),
         "in_flight": _in_flight(rows, wide),
         "trends": _trends(rows, steady, window),
-        "client": _client(meters, made["arm"], window),
+        "client": _client(meters, made["arm"], window.begin_ns, marks),
         "lines": _lines(rows, window if window.duration_s else wide),
     }
-    made["latency"]["chunk_gap_s"] = metrics.summarize(
-        gap for row in answered for gap in metrics.chunk_gaps_s(row)
-    )
     made["cost"] = token_cost(steady)
     made["meters"] = _metered(made["arm"], rows, wide, meters, settings or {})
     made["notes"] = notes.of_stage(made, steady, facts, settings or {})
     made["problems"] = notes.problems(made, steady, complete)
     return made
+
+
+def _latencies(answered: Sequence[Request]) -> dict[str, dict[str, float | int | None]]:
+    made = {
+        name: metrics.summarize(figure(row) for row in answered)
+        for name, figure in metrics.OF_REQUEST.items()
+    }
+    gaps = (gap for row in answered for gap in metrics.chunk_gaps_s(row))
+    return made | {"chunk_gap_s": metrics.summarize(gaps)}
 
 
 def _metered(
@@ -200,23 +211,32 @@ def _rates(
     rows: Sequence[Request],
     steady: Sequence[Request],
     window: Window,
+    wide: Window,
     facts: Mapping[str, Any],
 ) -> dict[str, float | None]:
-    """Requests a second: asked for, due by the schedule, sent, and answered within the window.
+    """Requests a second: asked for, due by the schedule, sent, and answered, as tokens are counted.
 
     Sending that takes longer than the schedule makes the achieved rate smaller, also where it ends
-    after the window; one that is merely a moment late does not.
+    after the window; one that is merely a moment late does not. All at once is no rate.
     """
-    sent = [row.t_sent_ns for row in steady if row.t_sent_ns is not None]
+    sent = [at_ns for at_ns in map(_tried_ns, steady) if at_ns is not None]
     spread_s = max(window.duration_s, (max(sent, default=0) - window.begin_ns) / 1e9)
-    done = sum(window.holds(row.t_done_ns) for row in rows if row.ok)
-    open_loop = facts.get("loop") == "open" and window.duration_s > 0
+    done = sum(wide.holds(row.t_done_ns) for row in rows if row.ok)
+    at_once = len(steady) > 1 and len({row.t_due_ns for row in steady}) == 1
+    open_loop = facts.get("loop") == "open" and window.duration_s > 0 and not at_once
     return {
         "requested_per_s": facts.get("rate"),
         "scheduled_per_s": len(steady) / window.duration_s if open_loop else None,
         "achieved_per_s": len(sent) / spread_s if spread_s else None,
-        "answered_per_s": done / window.duration_s if window.duration_s else None,
+        "answered_per_s": done / wide.duration_s if wide.duration_s else None,
     }
+
+
+def _tried_ns(row: Request) -> int | None:
+    """When it was sent, or would have been if the server had let itself be connected to."""
+    if row.t_sent_ns is None and row.error_class in ("connect", "timeout"):
+        return row.t_due_ns
+    return row.t_sent_ns
 
 
 def _tokens(rows: Sequence[Request], answered: Sequence[Request], window: Window) -> dict[str, Any]:
@@ -231,7 +251,7 @@ def _tokens(rows: Sequence[Request], answered: Sequence[Request], window: Window
         "output_per_s": per_s and num_out * per_s,
         "total_per_s": per_s and (num_in + num_out) * per_s,
         "input": metrics.summarize(row.n_in for row in answered),
-        "output": metrics.summarize(row.n_out for row in answered),
+        "output": metrics.summarize(map(known_out, answered)),
         "num_reasoning": sum(row.n_reasoning or 0 for row in answered),
         "cached_share": cached / prompt_tokens if prompt_tokens else None,
         "sources": dict(sorted(Counter(row.count_source for row in answered).items())),
@@ -284,20 +304,28 @@ def _trends(rows: Sequence[Request], steady: Sequence[Request], window: Window) 
             place = (row.t_due_ns - window.begin_ns) * NUM_BINS
             waits[place // (window.end_ns - window.begin_ns)].append(wait_s)
     waiting = trend([sum(some) / len(some) if some else None for some in waits])
+    # Far beyond capacity hardly a wait is known: who came late was never served.
+    num_cut = sum(row.error_class == "cut" and row.t_first_ns is None for row in steady)
     return {
         "in_flight": flying and flying._asdict(),
         "ttft": waiting and waiting._asdict(),
-        "saturated": bool(flying and waiting and flying.rises and waiting.rises),
+        "saturated": bool(
+            flying and flying.rises and (num_cut >= len(steady) / 10 or (waiting and waiting.rises))
+        ),
     }
 
 
-def _client(records: Iterable[Record], arm: str, window: Window) -> dict[str, float | None]:
+def _client(
+    records: Iterable[Record], arm: str, begin_ns: int, marks: Sequence[Mark]
+) -> dict[str, float | None]:
+    """The client at its worst from the begin of the window to the last answer, drain included."""
+    end_ns = max((mark.t_ns for mark in marks if mark.name == "stage_end"), default=math.inf)
     own = [
         record.values
         for record in records
         if isinstance(record, Sample)
         and (record.source, record.arm) == ("client", arm)
-        and window.holds(record.t_ns)
+        and begin_ns <= record.t_ns <= end_ns
     ]
     return {
         name: max((values[name] for values in own if name in values), default=None)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penstock.measure import metrics
+from penstock.measure.environment import busy_note
 from penstock.measure.records import Header, Mark, Request
 
 LATE_S = 0.01
@@ -60,6 +61,7 @@ def of_stage(
 ) -> list[str]:
     """What a reader must know of a stage's figures."""
     found = [*_of_requests(made, steady, facts), *_of_tokens(made["tokens"], settings)]
+    found += _of_lengths(steady)
     if made["throughput_window"] != "steady":
         found.append(
             "The steady window is shorter than an answer: throughput is of the whole stage, its "
@@ -133,6 +135,25 @@ def _of_tokens(tokens: Mapping[str, Any], settings: Mapping[str, Any]) -> list[s
     return found
 
 
+def _of_lengths(steady: Sequence[Request]) -> list[str]:
+    """Answers of another length than the one that was fixed, as the server counts them."""
+    asked = [
+        (row.n_out, int(row.details["asked_out"]))
+        for row in steady
+        if row.ok and row.n_out is not None and row.count_source == "usage"
+        if row.details.get("asked_out") is not None
+    ]
+    others = [(num_out, wanted) for num_out, wanted in asked if num_out != wanted]
+    if not others:
+        return []
+    mean_out, mean_wanted = (sum(values) / len(asked) for values in zip(*asked, strict=True))
+    return [
+        f"{len(others)} of {len(asked)} answers have not the length that was fixed ({mean_out:.3g} "
+        f"of {mean_wanted:.3g} tokens on average): the server ignores `ignore_eos`. Do "
+        "not compare rates and whole answers with those of a server that does not."
+    ]
+
+
 def of_run(header: Header, marks: Sequence[Mark], stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know of the whole run, notes of its stages among it."""
     where: dict[str, list[str]] = {}
@@ -147,10 +168,27 @@ def of_run(header: Header, marks: Sequence[Mark], stages: Sequence[Mapping[str, 
     found += named(stages, search, beyond=True)
     found += header.settings.get("notes", [])
     found += [mark.facts["message"] for mark in marks if mark.name == "note"]
+    found += [f"The sweep ended: {one.facts['ended']}." for one in marks if one.name == "sweep"]
+    if (busy := busy_note(header.environment)) is not None:
+        found.append(busy)
     words = next((mark.facts for mark in marks if mark.name == "words"), None)
     if words is not None:
         found.append(f"Lengths of made-up prompts: {words['source']}.")
     return found
+
+
+def unfinished(
+    header: Header, marks: Sequence[Mark], stages: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Whether a sweep or a search was cut, also where each stage that it has is whole."""
+    planned = header.settings.get("sweep")
+    if planned is None or any(mark.name in ("sweep", "search") for mark in marks):
+        return []
+    of = planned.get("rates") or planned.get("concurrencies")
+    return [
+        f"The sweep was interrupted: {len(stages)} stages were begun"
+        f"{f' of {of}' if of else ', and no end was found'}."
+    ]
 
 
 def named(
@@ -175,6 +213,13 @@ def named(
     ]
 
 
+def outcome(judged: Mapping[str, Any]) -> str:
+    """What became of a limit over many requests."""
+    if judged["undecided"]:
+        return "undecided, since requests were cut that may break it"
+    return "kept" if judged["kept"] else "broken"
+
+
 def answer(found: Mapping[str, Any]) -> str:
     """What a search for the highest rate came to."""
     low, high = found["highest_passing"], found["lowest_failing"]
@@ -184,9 +229,9 @@ def answer(found: Mapping[str, Any]) -> str:
 
 
 def _late_s(steady: Sequence[Request]) -> float | None:
-    """Median lateness of the client, without the wait for a place."""
+    """Median lateness of the client, without the wait for a place and for the server to connect."""
     late = [
-        queue_s - row.details.get("cap_wait_s", 0.0)
+        queue_s - row.details.get("cap_wait_s", 0.0) - row.details.get("connect_s", 0.0)
         for row in steady
         if (queue_s := metrics.queue_s(row)) is not None
     ]

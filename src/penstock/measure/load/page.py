@@ -70,7 +70,7 @@ def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) 
         title,
         sections,
         summary=_summary(stages, figures),
-        problems=notes.named(stages, figures["search"]),
+        problems=figures["problems"],
     )
 
 
@@ -131,7 +131,7 @@ def _headline(stages: Sequence[Mapping[str, Any]]) -> Section:
             one["limit"],
             _or(one["value"], "for ever, or nothing known"),
             one["n"],
-            "kept" if one["kept"] else "broken",
+            notes.outcome(one),
         ]
         for stage in stages
         for one in stage["slo"]
@@ -162,7 +162,11 @@ def _latencies(stages: Sequence[Mapping[str, Any]], rows: Sequence[Request]) -> 
             cells = [_quantile(made, mark, q) for mark, q in _QUANTILES.items()]
             if made["n"]:
                 lines.append(
-                    [stage["stage"] or "load", name, made["n"], made["mean"], *cells, made["max"]]
+                    [
+                        stage["stage"] or "load",
+                        f"{metrics.TITLES[name]} ({name})",
+                        *(made["n"], made["mean"], *cells, made["max"]),
+                    ]
                 )
     parts: list[str] = [
         table(columns, lines, caption="Times of answered requests that were due in the window."),

@@ -37,6 +37,7 @@ class Probed(Protocol):
     """An endpoint, as far as it is needed here."""
 
     arm: Arm
+    has_key: bool
 
     def use(self, route: Route, takes: Set[str]) -> None: ...
 
@@ -54,6 +55,7 @@ class Identity(NamedTuple):
     engine: str
     version: str
     has_openai: bool  # it lists models
+    context_len: int | None = None  # tokens of prompt and answer; None: it does not say
 
 
 async def identity(endpoint: Probed, base: str, root: str, model: str) -> Identity:
@@ -70,7 +72,8 @@ async def identity(endpoint: Probed, base: str, root: str, model: str) -> Identi
     status, document = await _get(endpoint, base + "/models")
     if status in (401, 403):
         raise ConfigError(
-            f"`{endpoint.arm.target}` refuses the key (status `{status}`).",
+            f"`{endpoint.arm.target}` "
+            f"{'refuses the key' if endpoint.has_key else 'wants a key'} (status `{status}`).",
             hint="name the variable that holds it with --api-key-env",
         )
     listed = _entries(document)
@@ -83,18 +86,27 @@ async def identity(endpoint: Probed, base: str, root: str, model: str) -> Identi
             return Identity(name, "tgi", _text(info.get("version")), bool(listed))
     _, about = await _get(endpoint, root + path)
     version = _text(about.get(field)) if isinstance(about, dict) else ""
-    return Identity(model or _only(endpoint, list(listed)), engine, version, bool(listed))
+    name = model or _only(endpoint, list(listed))
+    return Identity(name, engine, version, bool(listed), _context_len(document, name))
 
 
 def _entries(document: Any) -> dict[str, str]:
     """Names and owners of the models in a listing."""
-    data = document.get("data") if isinstance(document, dict) else None
+    return {entry["id"]: _text(entry.get("owned_by")) for entry in _models(document)}
+
+
+def _models(document: Any) -> list[dict[str, Any]]:
+    data = document.get("data") if isinstance(document, dict) else document  # Together: a list
     entries = data if isinstance(data, list) else []
-    return {
-        entry["id"]: _text(entry.get("owned_by"))
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
-    }
+    return [
+        entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+    ]
+
+
+def _context_len(document: Any, model: str) -> int | None:
+    """What the listing says of the model's context (penstock, vLLM: `max_model_len`)."""
+    told = [one.get("max_model_len") for one in _models(document) if one["id"] == model]
+    return told[0] if told and isinstance(told[0], int) and told[0] > 0 else None
 
 
 def _only(endpoint: Probed, names: list[str]) -> str:
@@ -126,7 +138,7 @@ async def _get(endpoint: Probed, path: str) -> tuple[int, Any]:
         raise _silent(endpoint, str(error).rstrip(".")) from None
     try:
         return status, msgspec.json.decode(body) if status == 200 else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         return status, None
 
 
@@ -151,7 +163,7 @@ async def settle(endpoint: Probed, named: Route | None) -> tuple[Route, frozense
         row = await _try(endpoint, route, everything)
         if row.ok:
             return route, everything, _limits(route, everything, row)
-        if row.http_status in (400, 422):
+        if row.http_status in (400, 422, 500):  # 500: an argument that its code does not know
             for plain in (frozenset[str](), frozenset({NEW_LIMIT})):
                 if (await _try(endpoint, route, plain)).ok:
                     takes, row = await _one_by_one(endpoint, route, plain)

@@ -48,7 +48,7 @@ class Progress:
         """What is shown."""
         elapsed_s = max(1e-9, time.monotonic() - self._begun_s)
         of = f"/{self._num}" if self._num else ""
-        parts = [f"{self._stage or 'load'}: {self._done}{of} answered in {elapsed_s:.0f} s"]
+        parts = [f"{self._stage or 'load'}: {self._done}{of} ended in {elapsed_s:.0f} s"]
         if self._failed:
             parts.append(f"{self._failed} failed")
         parts.append(f"{self._tokens / elapsed_s:.0f} tokens/s")

@@ -128,10 +128,11 @@ async def highest_rate(
             if high <= low * (1 + precision):
                 found.ended = f"the bracket is within {precision:.0%}"
                 return found
-            rate = math.sqrt(low * high)
+            rate = float(f"{math.sqrt(low * high):.3g}")
+        elif low is not None:
+            rate = min(most, float(f"{rate * FACTOR:.3g}"))
         else:
-            rate = min(most, rate * FACTOR) if low is not None else rate / FACTOR
-        rate = float(f"{rate:.3g}")
+            rate = float(f"{rate / FACTOR:.3g}")
         if rate in (low, high):
             found.ended = "the bracket is as narrow as rates are written"
             return found

@@ -218,3 +218,5 @@ def _positive(settings: LoadSettings) -> None:
         if math.isnan(value) or value < 0 or (name in above and value == 0):
             least = "more than 0" if name in above else "0 or more"
             raise ConfigError(f"`{_flag(name)} {value:g}` is not {least}.")
+        if math.isinf(value) and name not in ("request_rate", "burstiness"):
+            raise ConfigError(f"`{_flag(name)} inf` would never end.")

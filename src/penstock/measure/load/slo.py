@@ -71,12 +71,17 @@ def _parse_one(text: str) -> Limit:
     if metric == "error_rate":
         if of or unit not in ("", "%"):
             raise ConfigError(f"`{text}` is no share of requests.", hint=_HINT)
-        return Limit(metric=metric, limit=value / 100 if unit else value)
+        share = value / 100 if unit else value
+        if share > 1:
+            raise ConfigError(f"`{text}` is more than all requests.", hint=_HINT)
+        return Limit(metric=metric, limit=share)
     if metric not in METRICS:
         raise ConfigError(f"`{text}` limits `{metric}`, which is not known.", hint=_HINT)
     unit = "ms" if match["vllm"] and not unit else unit
-    if unit not in _UNITS:
+    if not unit:
         raise ConfigError(f"`{text}` has no unit: s, ms or us.", hint=_HINT)
+    if unit not in _UNITS:
+        raise ConfigError(f"`{text}` has the unit `{unit}`, and not s, ms or us.", hint=_HINT)
     if of.startswith("p") and not 0 < float(of[1:]) < 100:
         raise ConfigError(f"`{text}` is no quantile between p0 and p100.", hint=_HINT)
     return Limit(metric=metric, of=of, limit=value * _UNITS[unit])
@@ -115,31 +120,51 @@ def judged_s(row: Request, limit: Limit) -> float | None:
 def is_good(row: Request, limits: Sequence[Limit]) -> bool | None:
     """Whether a request was answered within every limit of its own; None: it was cut before.
 
-    A cut request that had broken a limit already is not good.
+    A cut request that had broken a limit already is not good. Of an answer that was not streamed,
+    or whose tokens nobody counted, it cannot be said; one of a single token has no time between.
     """
-    values = [(judged_s(row, limit), limit.limit) for limit in per_request(limits)]
-    if any(value is not None and value > limit for value, limit in values):
+    values = [(judged_s(row, limit), limit) for limit in per_request(limits)]
+    if any(value is not None and value > limit.limit for value, limit in values):
         return False
-    return None if row.error_class == "cut" else row.ok
+    if row.error_class == "cut":
+        return None
+    is_short = row.chunk_n[:1] == [row.n_out] or (row.n_out == 1 and row.count_source != "chunks")
+    if any(value is None and not (limit.metric == "tpot" and is_short) for value, limit in values):
+        return None
+    return row.ok
 
 
 def judge(rows: Sequence[Request], limits: Iterable[Limit]) -> list[dict[str, Any]]:
-    """What each limit over many came to: `limit`, `value` (None: unknown), `n`, `kept`."""
+    """What each limit over many came to: limit, value (None: unknown), n, kept, undecided.
+
+    Undecided, and not kept: it would be broken if those that were cut had waited for ever.
+    """
     verdicts = []
     for limit in over_many(limits):
         value, num = _value(rows, limit)
         kept = value is not None and value <= limit.limit
+        worst, _ = _value(rows, limit, cut_s=math.inf)
+        undecided = kept and worst is not None and worst > limit.limit
         shown = None if value is None or math.isinf(value) else value
-        verdicts.append({"limit": str(limit), "value": shown, "n": num, "kept": kept})
+        told = {"limit": str(limit), "value": shown, "n": num, "kept": kept and not undecided}
+        verdicts.append(told | {"undecided": undecided})
     return verdicts
 
 
-def _value(rows: Sequence[Request], limit: Limit) -> tuple[float | None, int]:
+def _value(
+    rows: Sequence[Request], limit: Limit, *, cut_s: float | None = None
+) -> tuple[float | None, int]:
+    """The value that a limit sees, and of how many; `cut_s`: of those that were cut too early."""
     if limit.metric == "error_rate":
         ended = [row for row in rows if row.error_class != "cut"]
         failed = sum(not row.ok for row in ended)
         return (failed / len(ended) if ended else None), len(ended)
-    values = sorted(value for row in rows if (value := judged_s(row, limit)) is not None)
+    judged = ((row, judged_s(row, limit)) for row in rows)
+    filled = (
+        cut_s if value is None and row.error_class == "cut" and limit.metric != "tpot" else value
+        for row, value in judged
+    )
+    values = sorted(value for value in filled if value is not None)
     if not values:
         return None, 0
     if limit.of == "mean":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from penstock.errors import ConfigError
-from penstock.measure.load.endpoint import address_of
+from penstock.measure.load.endpoint import address_of, with_key
 
 _TIMEOUT_S = 10.0
 
@@ -33,9 +33,11 @@ def from_file(path: Path) -> Counter:
     Raises:
         ConfigError: it cannot be read.
     """
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"`--tokenizer {path}` is no file.")
     from tokenizers import Tokenizer
 
-    path = path / "tokenizer.json" if path.is_dir() else path
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the package raises Exception itself
@@ -44,7 +46,11 @@ def from_file(path: Path) -> Counter:
 
 
 def from_server(
-    url: str, *, model: str | None = None, api_key: str | None = None
+    url: str,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Counter | None:
     """The tokenizer behind POST /tokenize (penstock, vLLM); None where there is no such route.
 
@@ -56,13 +62,11 @@ def from_server(
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     assert parts.hostname is not None
     connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    sent = {"Content-Type": "application/json"} | with_key(headers or {}, api_key)
 
     def count(text: str) -> int:
         body = {"prompt": text} | ({"model": model} if model else {})
-        connection.request("POST", path, json.dumps(body), headers)
+        connection.request("POST", path, json.dumps(body), sent)
         answer = connection.getresponse()
         data = answer.read()
         if answer.status != 200:

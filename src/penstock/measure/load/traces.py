@@ -60,8 +60,10 @@ def read_trace(path: Path, kind: str = "auto") -> Trace:
     try:
         data = path.read_bytes()
         lines = data.decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The trace `{path}` cannot be read: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"The trace `{path}` cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The trace `{path}` cannot be read: it is no UTF-8.") from None
     kind = _guess(lines, path) if kind == "auto" else kind
     if kind not in _READERS:
         raise ConfigError(f"`{kind}` is no kind of trace.", hint=f"known: {', '.join(_READERS)}")

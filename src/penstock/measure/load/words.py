@@ -76,6 +76,11 @@ class Lengths(NamedTuple):
     def mean(self) -> float:
         return (self.low + self.high) / 2
 
+    @property
+    def most(self) -> float:
+        """The longest draw; of a normal distribution, few are longer."""
+        return self.high + 2 * self.deviation
+
 
 class Words(NamedTuple):
     """Words to make prompts of, and what they come to: `overhead + tokens_per_word * words`."""

@@ -82,6 +82,19 @@ class Workload:
             arrival.prompt is None and arrival.messages is None for arrival in self.trace
         )
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest made-up prompt with its answer; None: there are none."""
+        settings = self.settings
+        if not settings.is_synthetic:
+            return None
+        prompt = settings.input_tokens.most + settings.random_prefix_len
+        return round(prompt + settings.output_tokens.most)
+
+    def num_longer(self, num_tokens: int) -> int:
+        """Requests of the trace whose prompt and answer are longer than that together."""
+        return sum((one.num_in or 0) + (one.num_out or 0) > num_tokens for one in self.trace)
+
     def warmup(self, num: int) -> list[Ask]:
         """Prompts that are not measured; made-up ones of several lengths, so that a fit is one."""
         seed = f"{self.settings.seed}-warmup"
@@ -131,15 +144,16 @@ class Workload:
     def windows(self, point: Point, due_s: Sequence[float] = ()) -> Windows:
         """The parts of a stage."""
         settings = self.settings
-        steady_s = settings.steady_s
-        if steady_s is None and due_s and settings.rate_schedule:
+        ends_s = math.inf if settings.steady_s is None else settings.ramp_s + settings.steady_s
+        if due_s and settings.rate_schedule:
             rates = arrivals.parse_rates(settings.rate_schedule)
-            steady_s = sum(part.duration_s for part in rates) - settings.ramp_s
-        if settings.num_prompts is not None and due_s and point.rate and not self.trace:
+            ends_s = min(ends_s, math.fsum(part.duration_s for part in rates))
+        if settings.num_prompts is not None and due_s and point.rate and math.isfinite(point.rate):
             # the last request's share of time is behind it
-            until_s = due_s[-1] + (0.0 if math.isinf(point.rate) else 1 / point.rate)
-            ends_s = until_s - settings.ramp_s
-            steady_s = ends_s if steady_s is None else min(steady_s, ends_s)
+            ends_s = min(ends_s, due_s[-1] + 1 / point.rate)
+        if len(due_s) == len(self.trace) and due_s and due_s[-1] < ends_s:
+            ends_s = math.inf  # the trace is over before: the window ends with it
+        steady_s = ends_s - settings.ramp_s if math.isfinite(ends_s) else None
         return Windows(settings.ramp_s, steady_s, settings.drain)
 
     def asks(self, stage: str, num: int | None) -> Iterable[Ask]:
