@@ -5,16 +5,17 @@ Without torch and engine where the targets are URLs. Progress goes to stderr.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from penstock.cli import runs
 from penstock.cli.options import build, options_of
+from penstock.errors import PenstockError
 from penstock.measure.meters.settings import MeterSettings
 from penstock.measure.quality.judge import JudgeSettings
 from penstock.measure.quality.suites import KNOWN
@@ -22,8 +23,9 @@ from penstock.measure.quality.suites import KNOWN
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from penstock.measure.quality.session import Options
+    from penstock.measure.quality.options import Options
     from penstock.measure.records import Request
+    from penstock.measure.run import Figures
 
 NOT_HERE = frozenset(field.name for field in fields(MeterSettings)) - {"prices", "tables"}
 
@@ -89,7 +91,7 @@ NOT_HERE = frozenset(field.name for field in fields(MeterSettings)) - {"prices",
     type=click.FloatRange(1),
     default=600.0,
     show_default=True,
-    help="Seconds that an engine may take to start, or an answer of `lm:` tasks.",
+    help="Seconds that an engine may take to start, and an answer to come.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @options_of(MeterSettings, skip=NOT_HERE)
@@ -97,8 +99,11 @@ def command(targets: tuple[str, ...], list_tasks: bool, as_json: bool, **values:
     """Score answers: published tasks, brook's, or your own.
 
     A TARGET is `http://HOST:PORT[#MODEL]`, `RECIPE:MODEL?option=value` (an engine that is started
-    for it, such as `penstock:brook?quantization=int8`) or `inprocess:MODEL`. Ends with status 1
-    where the scores are not valid.
+    for it, such as `penstock:brook?quantization=int8`) or `inprocess:MODEL`.
+
+    \b
+    Exit status: 0 fine; 1 an error; 2 wrong usage; 3 the scores are not valid; 130 stopped by
+    Ctrl-C or SIGTERM, with the figures of what was there.
     """  # fmt: skip
     if list_tasks:
         width = max(map(len, KNOWN))
@@ -108,28 +113,37 @@ def command(targets: tuple[str, ...], list_tasks: bool, as_json: bool, **values:
         raise click.UsageError("Missing argument 'TARGET...'.")
     if values["votes"] and not values["judge"]:
         raise click.UsageError("`--votes` calibrates a judge: name it by `--judge`.")
-    from penstock.measure.quality.page import text_table
-    from penstock.measure.quality.session import evaluate
+    from penstock.measure.kinds import finish
+    from penstock.measure.quality.session import Session
 
+    runs.check_output(values["output"])
+    with runs.usage():
+        session = Session(_options(targets, values))
     progress = _Progress()
     try:
-        path, made = asyncio.run(evaluate(_options(targets, values), progress))
+        made, interrupted = runs.measured(session, session.run(progress))
+    except PenstockError:
+        if session.path is not None:  # what was asked before it keeps its figures
+            _tell(session.path, finish(session.path), as_json=as_json)
+        raise
     finally:
         progress.end()
-    if as_json:
-        document = {"run": str(path), "problems": made.problems, "figures": made.figures}
-        click.echo(json.dumps(document))
-    else:
-        click.echo(text_table(made.figures))
-    for problem in made.problems:
-        click.echo(f"not valid: {problem}", err=True)
-    click.echo(f"{path / 'report.html'}", err=True)
-    return 1 if made.problems else 0
+    assert session.path is not None
+    return _tell(session.path, made, as_json=as_json, interrupted=interrupted)
+
+
+def _tell(path: Path, made: Figures, *, as_json: bool, interrupted: bool = False) -> int:
+    from penstock.measure.quality.page import text_table
+
+    return runs.tell(
+        path, made, lambda: text_table(made.figures), as_json=as_json, interrupted=interrupted
+    )
 
 
 def _options(targets: tuple[str, ...], values: dict[str, Any]) -> Options:
-    from penstock.measure.quality.session import Options
+    from penstock.measure.quality.options import Options
 
+    context = click.get_current_context()
     own = {name: values[name] for name in ("grader", "max_tokens", "system")}
     same = ("data", "limit", "seed", "repeats", "concurrency", "temperature", "chat",
             "num_fewshot", "judge", "votes", "api_key_env", "judge_api_key_env")  # fmt: skip
@@ -141,6 +155,11 @@ def _options(targets: tuple[str, ...], values: dict[str, Any]) -> Options:
         out=values["output"],
         timeout_s=values["timeout"],
         meters=build(MeterSettings, values),
+        named=frozenset(
+            name
+            for name in values
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ),
         **{name: values[name] for name in same},
     )
 

@@ -21,6 +21,7 @@ from penstock.errors import ConfigError, EngineError
 from penstock.measure.quality.harness import contract, http, run
 from penstock.measure.quality.harness.access import Access
 from penstock.measure.quality.harness.rows import results_of
+from penstock.measure.quality.stopping import Stopping
 
 SERVE = "from penstock.cli.main import main; main()"
 
@@ -103,6 +104,35 @@ def test_within_an_event_loop(url: str, sink: Any, data_dir: Path, route: Any) -
     )
     remote = http.connect(url, route=route)
     assert len(asyncio.run(_within(remote, plan, writer=sink))) == len(names)
+
+
+@pytest.mark.parametrize("num_concurrent", [1, 4])
+def test_a_signal_ends_it_before_all_is_asked(
+    url: str, sink: Any, data_dir: Path, num_concurrent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool of the other thread would wait for it, and with it whoever pressed Ctrl-C."""
+    plan = run.prepare(["arc_easy"], limit=8, sources=[data_dir])
+    remote = http.connect(url, num_concurrent=num_concurrent)
+    num_answers = 0
+    parse = type(remote.lm).parse_logprobs
+
+    def parsed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_answers
+        num_answers += 1
+        if num_answers == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parse(*args, **kwargs)
+
+    monkeypatch.setattr(remote.lm, "parse_logprobs", parsed)
+
+    async def within() -> None:
+        with Stopping() as stopping, stopping.blocking():
+            run.run_harness(remote, plan, writer=sink)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(within())
+    assert 3 <= num_answers < 20  # of 32
+    assert not sink.rows
 
 
 def test_chat_route(url: str, sink: Any, data_dir: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.model import LM
+from lm_eval.models.api_models import JsonChatStr
 
 from penstock.errors import ConfigError, EngineError
 from penstock.measure.quality.harness import run, tasks
@@ -105,6 +106,58 @@ def test_aggregations() -> None:
     metric = Metric(score="loglikelihood,none", how="perplexity")
     assert result_of(rows, metric) == pytest.approx(metrics.perplexity([v for v, _ in pairs]))
     assert result_of(rows, Metric(score="loglikelihood,none", how="other")) is None
+
+
+def test_a_score_that_is_no_finite_number_leaves_the_run_readable() -> None:
+    sample = {
+        "doc_id": 0,
+        "doc_hash": "h",
+        "target": "",
+        "target_hash": "t",
+        "prompt_hash": "p",
+        "resps": [[(-1.0, True)]],
+        "arguments": [("a", "b")],
+        "filtered_resps": [(-1.0, True)],
+        "filter": "none",
+        "metrics": ["acc", "mc2"],
+        "acc": 1.0,
+        "mc2": float("nan"),
+    }
+    (row,) = rows_of("t", [sample], {"mc2,none": metric_of("mc2", "none", "mean", True)})
+    assert row.scores == {"acc,none": 1.0}
+    assert row.details["not_finite"] == {"mc2,none": "nan"}
+    assert msgspec.json.decode(msgspec.json.encode(row), type=Record).scores == row.scores
+
+
+def _sample(*arguments: Any) -> dict[str, Any]:
+    scored = isinstance(arguments[0][-1], str) and len(arguments[0]) > 1
+    return {
+        "doc_id": 0,
+        "doc_hash": "h",
+        "target": 0,
+        "target_hash": "t",
+        "prompt_hash": "p",
+        "resps": [[(-1.0, True)] if scored else ["x"] for _ in arguments],
+        "arguments": list(arguments),
+        "filtered_resps": [],
+        "filter": "none",
+        "metrics": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("sample", "question"),
+    [
+        (_sample(("Q: 1 + 1?", {"until": []})), "Q: 1 + 1?"),
+        (_sample(("Q:", " yes"), ("Q:", " no")), "Q:\n\n[choices]\n0: yes\n1: no"),
+        (_sample(("The cat", " sat"), ("The dog", " sat")), "0: The cat sat\n1: The dog sat"),
+        (_sample(("The capital is", " Paris")), "The capital is"),
+        (_sample((JsonChatStr('[{"role":"user"}]'), {})), '[{"role":"user"}]'),
+    ],
+)
+def test_a_row_holds_its_question(sample: dict[str, Any], question: str) -> None:
+    (row,) = rows_of("t", [sample], {})
+    assert row.details["question"] == question
 
 
 def test_instructions_of_ifeval_are_counted_one_by_one() -> None:

@@ -55,6 +55,31 @@ def test_figures_are_of_all_tokens_with_windows_as_units() -> None:
     assert divergence.figures([]) is None
 
 
+def test_one_window_has_no_interval() -> None:
+    """Its tokens depend on one another: how far another text is from it, nobody knows."""
+    facts = {"kl": [0.1, 0.3], "nll_a": [1.0, 2.0], "nll_b": [1.5, 2.5], "top1": [1, 0]}
+    found = divergence.figures([window_mark(**facts)])
+    assert found is not None
+    assert found["mean_kl"].estimate == pytest.approx(0.2)
+    assert (found["mean_kl"].low, found["mean_kl"].high) == (-math.inf, math.inf)
+
+
+def test_a_window_is_computed_in_parts_that_change_nothing() -> None:
+    import tracemalloc
+
+    rng = np.random.default_rng(1)
+    base, variant = rng.normal(0, 3, (2, 300, 4_000)).astype(np.float32)
+    targets = rng.integers(4_000, size=300)
+    tracemalloc.start()
+    whole = divergence.window_facts(base, variant, targets)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * base.nbytes
+    for part in (slice(0, 90), slice(90, 300)):
+        some = divergence.window_facts(base[part], variant[part], targets[part])
+        assert some == {name: values[part] for name, values in whole.items()}
+
+
 def windows(base: str, variant: str, num_tokens: int = 1_000) -> list[dict[str, Any]]:
     async def collect() -> list[dict[str, Any]]:
         specs = (parse_arm(base), parse_arm(variant))

@@ -156,3 +156,34 @@ def test_what_the_base_does_to_itself_is_no_loss() -> None:
     repeats, _ = quality.pair(base, rows([0.0] * 12 + [1.0] * 188), TASKS)
     assert quality.axis(pairs, repeats, Rule(), 1).verdict == "cannot tell"
     assert quality.nondeterminism(repeats)["num_flips"] == 12
+
+
+def test_what_is_missing_knows_the_noise_floor() -> None:
+    """More items do not help against a base that always loses to itself; else they do."""
+    base, variant = rows([1.0] * 200), rows([0.0] * 12 + [1.0] * 188)
+    pairs, _ = quality.pair(base, variant, TASKS)
+    biased, _ = quality.pair(base, rows([0.0] * 12 + [1.0] * 188), TASKS)
+    assert quality.axis(pairs, biased, Rule(), 1).num_more is None
+    random = [*[0.0] * 20, *[1.0] * 180], [*[1.0] * 20, *[0.0] * 32, *[1.0] * 148]
+    noisy, _ = quality.pair(rows(random[0]), rows(random[1]), TASKS)
+    found = quality.axis(pairs, noisy, Rule(), 1)
+    assert (found.verdict, found.floor) == ("cannot tell", pytest.approx(6.0))
+    assert found.num_more == 1  # a floor of 6 points, and a difference of 6
+    pairs, _ = quality.pair(base, rows([0.0] * 6 + [1.0] * 194), TASKS)
+    assert 500 < (quality.axis(pairs, noisy, Rule(), 1).num_more or 0) < 700  # (6 / 3)^2 x 200
+
+
+def test_few_clusters_that_all_lost_are_no_certainty() -> None:
+    """Three conversations of four turns: no spread at all, and p is 2 of 8 ways to sign them."""
+    base = [answer(n, 1.0, details={"group": f"g{n // 4}"}) for n in range(12)]
+    lost = [answer(n, 0.0, details={"group": f"g{n // 4}"}) for n in range(12)]
+    pairs, _ = quality.pair(base, lost, TASKS)
+    found = quality.axis(pairs, [], Rule(), 1)
+    assert found.p == 0.25
+    assert found.verdict == "cannot tell"
+
+
+def test_prompts_without_references_are_not_called_right() -> None:
+    pairs, _ = quality.pair(rows([1.0] * 400), rows([1.0] * 400), TASKS)
+    assert "not whether it is right" in quality.axis(pairs, [], Rule(), 1, ["non_empty"]).note
+    assert quality.axis(pairs, [], Rule(), 1, ["exact_match"]).note == ""

@@ -10,8 +10,9 @@ import pytest
 from tests.measure.verdict import helpers_simulated as simulate
 from tests.measure.verdict.helpers_simulated import Truth
 
+from penstock.measure.records import Request, Sample
 from penstock.measure.verdict import power, speed
-from penstock.measure.verdict.figures import Comparison
+from penstock.measure.verdict.figures import Comparison, sentence
 from penstock.measure.verdict.power import Blocks
 from penstock.measure.verdict.rule import Axis, Rule, Verdict, judge, overall, words
 
@@ -77,6 +78,22 @@ def test_a_faster_arm_is_better_and_a_smaller_one_is_seen() -> None:
     assert axes["memory"].verdict == "better"
     assert axes["memory"].estimate == pytest.approx(0.6)
     assert axes["cost"].estimate == pytest.approx(1 / 1.5, rel=0.05)
+
+
+def test_an_arm_that_grows_with_what_it_is_asked_is_not_beaten_by_itself() -> None:
+    """The base is asked again and runs against itself: brook once was 14 % less than brook."""
+    header, records = simulate.simulated(Truth(num_items=60), 4)
+    size = {simulate.BASE: 1e9, simulate.VARIANT: 1e9}
+    for one in records:
+        if isinstance(one, Request):
+            size[one.arm] *= 1.0015
+        elif isinstance(one, Sample):
+            one.values["rss_bytes"] = size[one.arm]
+    made = Comparison(header, records)
+    whole = [peak.total_bytes or 0.0 for peak in made.peaks]
+    assert whole[1] < 0.88 * whole[0]
+    assert made.axes()["memory"].verdict == "cannot tell"
+    assert made.axes()["memory"].estimate == pytest.approx(1.0, abs=0.01)
 
 
 def test_min_speedup_is_needed_at_the_lower_end() -> None:
@@ -148,12 +165,52 @@ def axis(name: str, verdict: Verdict) -> Axis:
         ("not worse", "not worse", "better", "better"),
         ("not worse", "not worse", "worse", "not worse"),
         ("better", "not worse", "not worse", "better"),
+        ("not worse", "better", "worse", "not worse"),  # a trade is no gain
     ],
 )
 def test_overall(quality: Verdict, fast: Verdict, memory: Verdict, expected: Verdict) -> None:
     axes = {"quality": quality, "speed": fast, "memory": memory}
     made = {name: axis(name, verdict) for name, verdict in axes.items()}
     assert overall(made, Rule())[0] == expected
+
+
+def test_what_is_worse_unguarded_is_in_the_first_words() -> None:
+    axes = {
+        "quality": axis("quality", "not worse"),
+        "speed": axis("speed", "better"),
+        "cost": axis("cost", "worse"),
+    }
+    verdict, because = overall(axes, Rule())
+    told = sentence(verdict, because, axes, ("a", "b"))
+    assert told.startswith("`b` is not worse than `a` (quality and speed), but worse in cost:")
+
+
+@pytest.mark.parametrize("name", ["quality", "energy", "cost", "memory"])
+def test_a_guard_that_was_asked_for_and_not_measured_cannot_be_told(name: str) -> None:
+    """A pipeline that guards what nobody could measure must not pass."""
+    rule = Rule(guard=(name,), max_drop=10.0)
+    header, records = simulate.simulated(Truth(num_items=60), 1, rule)
+    header.settings["machine_price"], header.settings["power"] = {}, {}
+    header.settings["tasks"]["sums"]["main_score"] = "corpus_bleu"  # none of single answers
+    made = Comparison(header, [one for one in records if not isinstance(one, Sample)])
+    axes = made.axes()
+    assert overall(axes, rule) == ("cannot tell", [name])
+    assert axes[name].note
+    assert made.num_axes == 1  # speed is still tested, at the level of one axis
+
+
+def test_answers_of_other_lengths_under_load_are_not_valid() -> None:
+    header, records = simulate.simulated(Truth(num_items=20), 1)
+    assert Comparison(header, records).problems() == []
+    for row in records:
+        if isinstance(row, Request) and row.stage == "speed" and row.arm == simulate.VARIANT:
+            row.n_out = 24
+    assert "not of one length" in "".join(Comparison(header, records).problems())
+    for row in records:
+        if isinstance(row, Request) and row.stage == "speed" and row.arm == simulate.VARIANT:
+            row.n_out, row.count_source = 32, "chunks"
+    (problem,) = Comparison(header, records).problems()
+    assert "`usage` in `base`, `chunks` in `variant`" in problem
 
 
 def test_an_axis_that_was_not_measured_is_no_guard() -> None:
@@ -163,7 +220,7 @@ def test_an_axis_that_was_not_measured_is_no_guard() -> None:
 
 
 def test_the_rule_is_told_with_its_numbers() -> None:
-    told = " ".join(words(Rule(max_drop=2, num_looks=3), ["quality", "speed", "memory"]))
+    told = " ".join(words(Rule(max_drop=2, num_looks=3), ["quality", "speed", "memory"], 2))
     assert "99.17 %" in told  # 1 - 0.05 / 2 axes / 3 looks
     assert "2 points" in told
     assert "3 planned looks" in told

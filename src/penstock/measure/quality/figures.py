@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.measure.quality.tasks import ScoreFacts, TaskFacts
+from penstock.measure.quality.tasks import JUDGE, ScoreFacts, TaskFacts
 from penstock.measure.records import Header, Mark, Record, Request
 
 CONFIDENCE = 0.95
@@ -64,6 +64,7 @@ def figures(header: Header, records: Sequence[Record]) -> tuple[dict[str, Any], 
     result: dict[str, Any] = {"arms": made}
     if judged := _judged(header, rows):
         result["judge"] = judged
+        problems += _judge_problems(judged, records)
     return result, problems
 
 
@@ -79,7 +80,7 @@ def task_figures(facts: TaskFacts, rows: Sequence[Request]) -> dict[str, Any]:
         "num_answered": len(answered),
         "num_cut": len(rows) - len(whole),
         "errors": dict(Counter(row.error_class for row in whole if row.error_class)),
-        "num_empty": sum(not (row.output or "").strip() for row in answered),
+        "num_empty": sum(_is_empty(row) for row in answered),
         "num_truncated": sum(row.finish_reason == "length" for row in answered),
         "main_score": main,
         "scores": {
@@ -95,6 +96,11 @@ def task_figures(facts: TaskFacts, rows: Sequence[Request]) -> dict[str, Any]:
     }
     out["above_chance"] = _above(out["scores"].get(main), facts.random_baseline)
     return out
+
+
+def _is_empty(row: Request) -> bool:
+    """Whether nothing was written; scored continuations have no output at all."""
+    return row.output is not None and not row.output.strip()
 
 
 def units_of(rows: Iterable[Request]) -> list[Unit]:
@@ -126,10 +132,11 @@ def score_figure(
 def mean_figure(name: str, facts: ScoreFacts, units: Sequence[Unit]) -> dict[str, Any]:
     """The weighted mean over items with a two-sided 95 % interval, and how it was made.
 
-    Shares of binary outcomes have Wilson's interval, with as many items as independent ones would
-    need to be for the clustered error; if none or all are right, the other end is that of the rule
-    of three, 1 - 0.05^(1/n), n: groups. Otherwise it is mean ± t·SE, within [0, 1] for scores that
-    are. Errors are clustered by group (Miller 2024, arXiv 2411.00640).
+    Shares of right answers, or of parts of them, have Wilson's interval, with as many items as
+    independent ones would need to be for the same clustered error; where that is estimated, times
+    (z / t(groups - 1))² (Korn and Graubard 1998). If none or all are right, the other end is that
+    of the rule of three, 1 - 0.05^(1/n), n: groups. Otherwise it is mean ± t·SE, within [0, 1] for
+    scores that are. Errors are clustered by group (Miller 2024, arXiv 2411.00640).
     """
     values = [unit.score(name) for unit in units]
     weights = [unit.weight(facts.weight) for unit in units]
@@ -140,10 +147,14 @@ def mean_figure(name: str, facts: ScoreFacts, units: Sequence[Unit]) -> dict[str
     groups: dict[str, float] = {}
     for unit, value, weight in zip(units, values, weights, strict=True):
         groups[unit.group] = groups.get(unit.group, 0.0) + weight * (value - mean) / total
-    is_binary = facts.weight is None and set(values) <= {0.0, 1.0}
     error = _error(list(groups.values()))
-    low, high, method = _interval(mean, error, len(values), len(groups), is_binary)
-    if low is not None and high is not None and min(values) >= 0 and max(values) <= 1:
+    in_unit = min(values) >= 0 and max(values) <= 1
+    if in_unit and (facts.weight is not None or all(_is_binary(name, unit) for unit in units)):
+        estimated = len(groups) < len(values) or not set(values) <= {0.0, 1.0}
+        low, high, method = _share_interval(mean, error, len(values), len(groups), estimated)
+    else:
+        low, high, method = _mean_interval(mean, error, len(values), len(groups))
+    if low is not None and high is not None and in_unit:
         low, high = max(low, 0.0), min(high, 1.0)
     return {
         "value": mean,
@@ -165,25 +176,55 @@ def _error(sums: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum(one * one for one in sums) * len(sums) / (len(sums) - 1))
 
 
-def _interval(
-    mean: float, error: float | None, num_items: int, num_groups: int, is_binary: bool
-) -> tuple[float | None, float | None, str]:
-    from penstock.measure.verdict.statistics import t_quantile, wilson
+def _is_binary(name: str, unit: Unit) -> bool:
+    """Whether each answer is right or wrong; the mean of its repeats may be between."""
+    return all(row.scores.get(name, 0.0) in (0.0, 1.0) for row in unit.rows)
 
-    if is_binary and mean in (0.0, 1.0):
-        bound = 1 - (1 - CONFIDENCE) ** (1 / num_groups)
-        return (0.0, bound, "rule of three") if mean == 0 else (1 - bound, 1.0, "rule of three")
+
+def _share_interval(
+    mean: float, error: float | None, num_items: int, num_groups: int, estimated: bool
+) -> tuple[float | None, float | None, str]:
+    from penstock.measure.verdict.statistics import (
+        bound_of_none,
+        normal_quantile,
+        t_quantile,
+        wilson,
+    )
+
+    if math.isclose(mean, 0, abs_tol=1e-12):
+        return 0.0, bound_of_none(num_groups, CONFIDENCE), "rule of three"
+    if math.isclose(mean, 1):
+        return 1 - bound_of_none(num_groups, CONFIDENCE), 1.0, "rule of three"
     if error is None:
         return None, None, "one group has no interval"
-    clustered = ", clustered" if num_groups < num_items else ""
-    if is_binary:
-        alone = mean * (1 - mean) / (num_items - 1)  # the error squared of independent items
-        independent = round(num_items * alone / error**2) if error else num_items
-        effective = min(max(independent, 1), num_items)
-        made = wilson(mean * effective, effective, CONFIDENCE)
-        return made.low, made.high, f"Wilson{clustered}"
+    # As many independent items as have this error; n / (n - 1): the error's own.
+    effective = float(num_items)
+    if error > 0:
+        effective = mean * (1 - mean) / error**2 * num_items / (num_items - 1)
+    if num_groups < num_items:
+        effective = min(effective, num_items)
+    if estimated:
+        quantile = (1 + CONFIDENCE) / 2
+        ratio = float(normal_quantile(quantile) / t_quantile(quantile, num_groups - 1))
+        effective *= ratio**2
+    trials = max(round(effective), 1)
+    made = wilson(mean * trials, trials, CONFIDENCE)
+    return made.low, made.high, "Wilson" + _clustered(num_items, num_groups)
+
+
+def _mean_interval(
+    mean: float, error: float | None, num_items: int, num_groups: int
+) -> tuple[float | None, float | None, str]:
+    from penstock.measure.verdict.statistics import t_quantile
+
+    if error is None:
+        return None, None, "one group has no interval"
     half = error * float(t_quantile((1 + CONFIDENCE) / 2, num_groups - 1))
-    return mean - half, mean + half, f"mean ± t·SE{clustered}"
+    return mean - half, mean + half, "mean ± t·SE" + _clustered(num_items, num_groups)
+
+
+def _clustered(num_items: int, num_groups: int) -> str:
+    return ", clustered" if num_groups < num_items else ""
 
 
 def _mean_of(name: str, facts: ScoreFacts | None, units: Sequence[Unit]) -> float | None:
@@ -242,11 +283,9 @@ def _problems(facts: TaskFacts, rows: Sequence[Request], repeats: int) -> list[s
         )
     failed = [row for row in rows if row.error_class not in (None, "cut")]
     if len(failed) > 0.05 * len(rows):
-        why = " ".join((failed[0].error or "").split())[:200]
-        told = f"{failed[0].error_class}: {why}".rstrip(": .")
         problems.append(
             f"`{facts.name}`: {len(failed)} of {len(rows)} requests failed, and the score counts "
-            f"them as wrong. The first: {told}."
+            f"them as wrong. The first: {_first_failure(failed)}."
         )
     return problems
 
@@ -279,7 +318,35 @@ def _judged(header: Header, rows: Sequence[Request]) -> dict[str, Any] | None:
         return None
     from penstock.measure.quality.judge_figures import judge_figures
 
-    return judge_figures(settings, [row for row in rows if row.task == "judge"])
+    return judge_figures(settings, [row for row in rows if row.task == JUDGE])
+
+
+def _judge_problems(judged: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    """A judge that was not asked everything, or did not answer."""
+    told = judged["conduct"]
+    marks = [record for record in records if isinstance(record, Mark) and record.name == "judging"]
+    wanted = max((mark.facts["num_requests"] for mark in marks), default=0)
+    problems = []
+    if not marks:
+        problems.append("judge: all verdicts are missing, because the run ended before it judged.")
+    if told["num_asked"] - told["num_cut"] < wanted:
+        missing = wanted - told["num_asked"] + told["num_cut"]
+        problems.append(
+            f"judge: {missing} of {wanted} verdicts are missing, because the run ended early."
+        )
+    if told["num_failed"] > 0.05 * told["num_asked"]:
+        asked = (row for row in records if isinstance(row, Request) and row.task == JUDGE)
+        first = _first_failure([row for row in asked if row.error_class not in (None, "cut")])
+        problems.append(
+            f"judge: {told['num_failed']} of {told['num_asked']} requests failed, and what they "
+            f"were about does not count. The first: {first}."
+        )
+    return problems
+
+
+def _first_failure(failed: Sequence[Request]) -> str:
+    why = " ".join((failed[0].error or "").split())[:200]
+    return f"{failed[0].error_class}: {why}".rstrip(": .")
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

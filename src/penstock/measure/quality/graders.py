@@ -7,26 +7,25 @@ a model wrote; what a user wrote in its options is checked when it is made. Ever
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from decimal import Decimal, DecimalException
+from functools import cache
+from typing import Any, Literal
 
 import msgspec
 
 from penstock.errors import ConfigError
 
-if TYPE_CHECKING:
-    from jsonschema.protocols import Validator
-
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_NUMBER = re.compile(r"(?:(?<![\w.)])[-+−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# Commas count where they part thousands (`1,234`, `1,00,000`): `1,2` are two numbers.
+_DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"((?<![\w.)])[-+−])?[$€£¥]?({_DIGITS})([eE][-+]?\d+)?(?:(?<!/\d)(?<!/\d\d)\s?/\s?(\d+)(?![\d.]*/))?"
+)
 
 
 def squad_normalise(text: str) -> str:
@@ -47,31 +46,27 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def number_of(text: str) -> Decimal | None:
-    """A number as people write it: `$1,234.50`, `12 %`, `−3`; None if there is none or several."""
-    found = _NUMBER.findall(text)
-    return _decimal(found[0]) if len(found) == 1 else None
+    """A number as people write it: `$1,234.50`, `12 %`, `−3`, `1/2`; None if there is none or
+    several."""
+    found = numbers_in(text)
+    return found[0] if len(found) == 1 else None
 
 
-def _decimal(written: str) -> Decimal | None:
+def numbers_in(text: str) -> list[Decimal]:
+    """Every number of a text, fractions as their value."""
+    return [
+        value for match in _NUMBER.finditer(text) if (value := _value(*match.groups())) is not None
+    ]
+
+
+def _value(sign: str | None, digits: str, power: str | None, divisor: str | None) -> Decimal | None:
     try:
-        value = Decimal(written.replace(",", "").replace("−", "-"))
-    except InvalidOperation:
+        value = Decimal(digits.replace(",", "") + (power or ""))
+        if divisor is not None:
+            value /= Decimal(divisor)
+        return -value if sign in ("-", "−") else value
+    except DecimalException:  # such as 1/0 and 1e99999999
         return None
-    return value if value.is_finite() else None
-
-
-def json_in(text: str) -> Any:
-    """The JSON value of an answer: the whole of it, or its only fenced block.
-
-    Raises:
-        ValueError: there is none.
-    """
-    fenced = _FENCE.findall(text)
-    return json.loads(fenced[0] if len(fenced) == 1 else text, parse_constant=_refuse)
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")  # Python reads NaN and Infinity
 
 
 class Grader(
@@ -99,6 +94,9 @@ class Grader(
 
     def check(self) -> None:
         """Raise ConfigError for an option that cannot be used."""
+
+    def check_references(self, references: Sequence[Any]) -> None:
+        """Raise ConfigError for references that no answer, or every one, would meet."""
 
     def grade(self, text: str, references: Sequence[Any]) -> dict[str, float]:
         """The scores of an answer."""
@@ -151,8 +149,13 @@ class Contains(Grader, tag="contains", frozen=True, kw_only=True):
         return ("contains",)
 
     def grade(self, text: str, references: Sequence[Any]) -> dict[str, float]:
-        there = [self._plain(str(one)) in self._plain(text) for one in references]
+        ours = self._plain(text)
+        there = [self._plain(str(one)) in ours for one in references]
         return {"contains": float(all(there) if self.require_all else any(there))}
+
+    def check_references(self, references: Sequence[Any]) -> None:
+        if not all(str(one).strip() for one in references):
+            raise ConfigError("`reference` is blank, and every answer contains that.")
 
     def _plain(self, text: str) -> str:
         return text.casefold() if self.ignore_case else text
@@ -182,7 +185,7 @@ class Regex(Grader, tag="regex", frozen=True, kw_only=True):
     def check(self) -> None:
         try:
             self._compiled()
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"`grader.pattern` is `{self.pattern}`, which is no regular expression: {error}."
             ) from None
@@ -195,62 +198,6 @@ class Regex(Grader, tag="regex", frozen=True, kw_only=True):
         captured = (last[1] if last.re.groups else last[0]) or ""
         right = ExactMatch(ignore_case=self.ignore_case).grade(captured, references)
         return {"regex": right["exact_match"]}
-
-
-class JsonSchema(Grader, tag="json_schema", frozen=True, kw_only=True, dict=True):
-    """The answer is JSON (whole, or one fenced block) and fits the schema, draft 2020-12 unless
-    the schema names another. References, where there are any, must equal the value."""
-
-    schema: dict[str, Any]
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        return ("json_schema", "json_valid")
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
-    @cached_property
-    def _validator(self) -> Validator:
-        from jsonschema import Draft202012Validator, validators
-
-        kind = validators.validator_for(self.schema, default=Draft202012Validator)
-        kind.check_schema(self.schema)
-        return kind(self.schema)
-
-    def check(self) -> None:
-        from jsonschema.exceptions import SchemaError
-
-        try:
-            _ = self._validator
-        except SchemaError as error:
-            raise ConfigError(f"`grader.schema` is no JSON schema: {error.message}.") from None
-        if any(_remote(value) for value in _refs(self.schema)):
-            raise ConfigError("`grader.schema` refers to another document, which is not fetched.")
-
-    def grade(self, text: str, references: Sequence[Any]) -> dict[str, float]:
-        try:
-            value = json_in(text)
-        except (ValueError, RecursionError):
-            return {"json_schema": 0.0, "json_valid": 0.0}
-        right = self._validator.is_valid(value)
-        if right and references:
-            right = any(value == one for one in references)
-        return {"json_schema": float(right), "json_valid": 1.0}
-
-
-def _refs(schema: Any) -> list[str]:
-    if isinstance(schema, Mapping):
-        own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
-        return own + [ref for value in schema.values() for ref in _refs(value)]
-    if isinstance(schema, list):
-        return [ref for value in schema for ref in _refs(value)]
-    return []
-
-
-def _remote(ref: str) -> bool:
-    return "://" in ref
 
 
 class Choice(Grader, tag="choice", frozen=True, kw_only=True):
@@ -274,31 +221,43 @@ class Choice(Grader, tag="choice", frozen=True, kw_only=True):
                 f"`grader.letters` is `{self.letters}`; it takes two or more capital letters."
             )
 
+    def check_references(self, references: Sequence[Any]) -> None:
+        for one in references:
+            if _letter(one) not in set(self.letters):
+                raise ConfigError(
+                    f"`reference` is `{one}`, which is no letter of `{self.letters}`.",
+                    hint="`grader.letters` names the choices",
+                )
+
     def grade(self, text: str, references: Sequence[Any]) -> dict[str, float]:
         chosen = choice_of(text, self.letters)
-        right = chosen is not None and any(chosen == str(one).strip().upper() for one in references)
+        right = chosen is not None and any(chosen == _letter(one) for one in references)
         return {"choice": float(right), "answered": float(chosen is not None)}
+
+
+def _letter(reference: Any) -> str:
+    return str(reference).strip().upper()
 
 
 def choice_of(text: str, letters: str = "ABCD") -> str | None:
     """The letter that an answer chooses. The first rule that finds one decides:
 
     1. The answer is one letter, whatever brackets, stars or stops are around it, in any case.
-    2. It says so: `answer is B`, `answer: (B)`, `\\boxed{B}`; the last such statement counts.
-    3. It begins with a letter and `)`, `.`, `:` or a line's end, brackets and stars allowed.
+    2. It says so: `answer is B`, `**Answer:** (B)`, `"answer": "B"`, `\\boxed{B}`; the last such
+       statement counts. A small letter must end its line; `A man` and `I think` choose nothing.
+    3. It begins with a letter and `)`, `.`, `:`, a dash or a line's end.
     4. One letter, and no other one, stands in brackets or before `)`.
     """
     some = f"[{letters}]"
     bare = re.sub(r"[\s()\[\]{}*.:`'\"]", "", text)
     if len(bare) == 1:
         return bare.upper() if bare.upper() in letters else None
-    said = re.findall(
-        rf"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*[(\[*`]*({some})(?![\w'])|\\boxed\{{\(?({some})",
-        text,
-    )
+    said = [found for found in _said(some).findall(text) if any(found)]
     if said:
-        return "".join(said[-1])
-    start = re.match(rf"\s*[(\[*]*({some})[*]*(?:[)\].:]|\s*$|\s*\n)", text)
+        return "".join(said[-1]).upper()
+    start = re.match(
+        rf"[(\[*]*({some})\**(?:[)\].:]|[ \t]*(?:\n|$)|[ \t]+[-–—][ \t])", text.lstrip()
+    )
     if start:
         return str(start[1])
     bracketed = set(re.findall(rf"[(\[]({some})[)\]]|(?<![\w(])({some})\)", text))
@@ -306,11 +265,25 @@ def choice_of(text: str, letters: str = "ABCD") -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
+@cache
+def _said(some: str) -> re.Pattern[str]:
+    """What says which letter, of the class `some`, is the answer."""
+    dress = r"[\s\"'*_`>]{0,9}"
+    word = rf"(?:answer|choice|option){dress}(?:is\b)?{dress}:?{dress}[(\[*_`\"'$]{{0,9}}"
+    goes_on = r"(?![\w'’]|\.\w)"
+    article = r"(?![AI]\s+(?!because|since|as\b|which|is\b)[a-z])"  # the word `A`, or `I`
+    last = rf"({some.lower()})(?=[)\].*`\"'$]*[ \t]*(?:\n|$))"
+    return re.compile(
+        rf"(?i:{word})(?:{article}({some}){goes_on}|{last})|\\boxed\{{(?:\\text\{{)?\(?({some})"
+    )
+
+
 class Numeric(Grader, tag="numeric", frozen=True, kw_only=True):
     """The last number of the answer is the reference, within the tolerance.
 
-    `$`, `%` and thousands' commas do not matter. The tolerance is the larger of the absolute one
-    and the relative one times the reference. `answered` tells how often there was a number.
+    `$`, `%` and thousands' commas do not matter, and `1/2` is 0.5. The tolerance is the larger of
+    the absolute one and the relative one times the reference. `answered` tells how often there
+    was a number.
     """
 
     tolerance: float = 0.0
@@ -326,20 +299,25 @@ class Numeric(Grader, tag="numeric", frozen=True, kw_only=True):
                 raise ConfigError(f"`grader.{name}` is `{getattr(self, name)}`; it is 0 or more.")
 
     def grade(self, text: str, references: Sequence[Any]) -> dict[str, float]:
-        found = _NUMBER.findall(text)
-        ours = _decimal(found[-1]) if found else None
-        if ours is None:
+        found = numbers_in(text)
+        if not found:
             return {"numeric": 0.0, "answered": 0.0}
-        return {"numeric": float(any(self._near(ours, one) for one in references)), "answered": 1.0}
+        right = any(self._near(found[-1], one) for one in references)
+        return {"numeric": float(right), "answered": 1.0}
+
+    def check_references(self, references: Sequence[Any]) -> None:
+        if all(number_of(str(one)) is None for one in references):
+            raise ConfigError(f"`reference` is `{references[0]}`, which is not one number.")
 
     def _near(self, ours: Decimal, reference: Any) -> bool:
         theirs = number_of(str(reference))
         if theirs is None:
             return False
-        allowed = max(
-            Decimal(str(self.tolerance)), Decimal(str(self.relative_tolerance)) * abs(theirs)
-        )
-        return abs(ours - theirs) <= allowed
+        absolute, relative = Decimal(str(self.tolerance)), Decimal(str(self.relative_tolerance))
+        try:
+            return abs(ours - theirs) <= max(absolute, relative * abs(theirs))
+        except DecimalException:  # no such answer is near anything
+            return False
 
 
 class NonEmpty(Grader, tag="non_empty", frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from penstock.errors import ConfigError
-from penstock.measure.quality import graders, text_graders
+from penstock.measure.quality import graders, json_grader, text_graders
 from penstock.measure.quality.graders import Grader
 
 KINDS: dict[str, type[Grader]] = {
@@ -17,7 +17,7 @@ KINDS: dict[str, type[Grader]] = {
     "f1": graders.F1,
     "contains": graders.Contains,
     "regex": graders.Regex,
-    "json_schema": graders.JsonSchema,
+    "json_schema": json_grader.JsonSchema,
     "choice": graders.Choice,
     "numeric": graders.Numeric,
     "non_empty": graders.NonEmpty,
@@ -35,7 +35,7 @@ def make(options: str | Mapping[str, Any]) -> Grader:
     """
     config = _parse(options) if isinstance(options, str) else dict(options)
     kind = config.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(
             f"`grader.kind` is `{kind}`.", hint=f"known: {', '.join(f'`{name}`' for name in KINDS)}"
         )
@@ -52,7 +52,6 @@ def _parse(text: str) -> dict[str, Any]:
         return {"kind": text}
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"`grader` is no JSON: {error}.") from None
-    assert isinstance(config, dict)
-    return config
+    return dict(config)  # it begins with `{`

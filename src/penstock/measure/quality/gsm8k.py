@@ -1,7 +1,7 @@
 """GSM8K: grade-school sums, answered with the steps and `#### ` before the result.
 
 Scored as its authors do (Cobbe et al. 2021, `grade_school_math/dataset.py`): the number after the
-marker, commas removed, equals the reference's. `flexible` takes the last number of the answer.
+first marker, commas removed, equals the reference's. `flexible` takes the answer's last number.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from penstock.measure.quality.tasks import Item, ScoreFacts, TaskFacts, hash_of,
 
 MAX_TOKENS = 400
 # The published solutions of models end with `A: 18`, the data set's with `#### 18`.
-_MARKED = re.compile(r"(?:####|\bA:)\s*\$?(-?[0-9.,]+)")
+_MARKED = re.compile(r"####\s*\$?(-?[0-9.,]+)")
+_LETTERED = re.compile(r"^A:\s*\$?(-?[0-9.,]+)", re.MULTILINE)
 _ANY = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def marked_answer(text: str) -> str | None:
-    """What stands after the last marker, without commas and a final stop; None without one."""
-    found = _MARKED.findall(text)
-    return _plain(found[-1]) if found else None
+    """What stands after the first marker, without commas and a final stop; None without one."""
+    found = _MARKED.search(text) or _LETTERED.search(text)
+    return _plain(found[1]) if found else None
 
 
 def last_number(text: str) -> str | None:
@@ -65,11 +66,11 @@ class Gsm8k:
         self._directory = data_dir / "eval-gsm8k"
         self._num_shots = num_shots
         self._shots_seed = shots_seed
-        self._lines = read_jsonl(self._directory / "test.jsonl")
+        self._lines = read_jsonl(self._directory / "test.jsonl", "question", "answer")
 
     @cached_property
     def _shots(self) -> list[dict[str, str]]:
-        lines = read_jsonl(self._directory / "train.jsonl")
+        lines = read_jsonl(self._directory / "train.jsonl", "question", "answer")
         chosen = random.Random(f"shots {self._shots_seed}").sample(lines, self._num_shots)
         roles = (("user", "question"), ("assistant", "answer"))
         return [

@@ -36,6 +36,7 @@ class Pair(NamedTuple):
 
 def judge_figures(settings: Mapping[str, Any], rows: Sequence[Request]) -> dict[str, Any]:
     """Figures of a judge; `settings` are those of the header, `rows` those of the task `judge`."""
+    rows = sorted(rows, key=lambda row: row.index)  # as asked: answers come in any order
     compared = [row for row in rows if row.details["kind"] != "rubric"]
     pairs = pairs_of([row for row in rows if row.details["kind"] == "pair"])
     votes = pairs_of([row for row in rows if row.details["kind"] == "vote"])
@@ -57,7 +58,11 @@ def judge_figures(settings: Mapping[str, Any], rows: Sequence[Request]) -> dict[
         made["ratings"] = ratings(rated)
     arms = list(dict.fromkeys(arm for pair in pairs for arm in pair.arms))
     if len(arms) > 2:
-        made["ranking"] = ranking(arms, pairs)
+        decided = [pair for pair in pairs if pair.outcome is not None]
+        if are_connected(arms, [pair.arms for pair in decided]):
+            made["ranking"] = ranking(arms, decided)
+        else:
+            made["no_ranking"] = "no consistent verdict links some arms with the others"
     return made
 
 
@@ -102,6 +107,7 @@ def conduct(
 ) -> dict[str, Any]:
     """How the judge behaved: readable, decided, the same in both orders, fair to the second."""
     counts = Counter(_verdict(row) for row in rows)
+    num_cut = sum(row.error_class == "cut" for row in rows)
     answered = len(rows) - counts["failed"]
     decided = sum(pair.flipped or pair.outcome is not None for pair in pairs)
     sides = Counter(_verdict(row) for row in compared)
@@ -109,7 +115,8 @@ def conduct(
     evidence = [row.details["evidence_found"] for row in rows if "evidence_found" in row.details]
     return {
         "num_asked": len(rows),
-        "num_failed": counts["failed"],
+        "num_failed": counts["failed"] - num_cut,
+        "num_cut": num_cut,
         "unreadable_rate": counts["unreadable"] / answered if answered else None,
         "abstain_rate": counts["abstain"] / answered if answered else None,
         "num_decided_pairs": decided,
@@ -205,6 +212,14 @@ def refusals(settings: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def are_connected(arms: Sequence[str], games: Sequence[tuple[str, str]]) -> bool:
+    """Whether games link every two arms, by way of others or not: else strengths say nothing."""
+    linked = {arms[0]}
+    for _ in arms:
+        linked |= {arm for game in games if linked & set(game) for arm in game}
+    return linked == set(arms)
+
+
 def win_rates(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """For each two arms: wins, ties, losses and inconsistent, and the win rate, ties as halves."""
     by_arms: dict[tuple[str, str], list[Pair]] = {}
@@ -230,11 +245,12 @@ def _mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
     if not values:
         return {"value": None, "why": "no consistent verdict"}
-    if set(values) <= {0.0, 1.0} or len(values) < 2:
+    if set(values) <= {0.0, 1.0} or len(set(values)) == 1:
         made = wilson(math.fsum(values), len(values))
     else:
         made = mean_interval(values)
-    return {"value": made.estimate, "low": made.low, "high": made.high, "num": len(values)}
+    low, high = max(made.low, 0.0), min(made.high, 1.0)
+    return {"value": made.estimate, "low": low, "high": high, "num": len(values)}
 
 
 def length_slope(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -279,21 +295,30 @@ def _mean_interval_of_ratings(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ranking(arms: Sequence[str], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Bradley-Terry strengths with bootstrap intervals over items, strongest first."""
+    """Bradley-Terry strengths with bootstrap intervals over items, strongest first.
+
+    Who won (or lost) every game has no interval: resamples do not differ, and the finite strength
+    is that of the prior.
+    """
     numbers = {arm: number for number, arm in enumerate(arms)}
     units: dict[str, list[tuple[int, int, float]]] = {}
     for pair in pairs:
         if pair.outcome is not None:
             game = (numbers[pair.arms[0]], numbers[pair.arms[1]], pair.outcome)
             units.setdefault(pair.item, []).append(game)
-    if not units:
-        return []
     games = list(units.values())
-    strengths = fit(table(len(arms), [game for unit in games for game in unit]))
+    wins = table(len(arms), [game for unit in games for game in unit])
+    mixed = (wins.sum(0) > 0) & (wins.sum(1) > 0)
+    strengths = fit(wins)
     draws = bootstrap(len(arms), games, num_draws=NUM_DRAWS, seed=SEED)
     low, high = np.quantile(draws, (0.025, 0.975), axis=0)
     made = [
-        {"arm": arm, "strength": float(strengths[n]), "low": float(low[n]), "high": float(high[n])}
+        {
+            "arm": arm,
+            "strength": float(strengths[n]),
+            "low": float(low[n]) if mixed[n] else None,
+            "high": float(high[n]) if mixed[n] else None,
+        }
         for arm, n in numbers.items()
     ]
     return sorted(made, key=lambda entry: -float(str(entry["strength"])))

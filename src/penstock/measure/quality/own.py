@@ -9,9 +9,9 @@ text file is a prompt, and what follows a tab is its reference. An error names l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,7 +19,8 @@ from penstock.errors import ConfigError
 from penstock.measure.load.target import Ask, Reply
 from penstock.measure.quality.graders import Grader
 from penstock.measure.quality.grading import make
-from penstock.measure.quality.tasks import Item, ScoreFacts, TaskFacts, hash_of, sample
+from penstock.measure.quality.jsonl import reason_of
+from penstock.measure.quality.tasks import JUDGE, Item, ScoreFacts, TaskFacts, hash_of, sample
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -37,8 +38,8 @@ class Line(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     grader: str | dict[str, Any] | None = None
     group: str | None = None
     category: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     stop: list[str] | None = None
     seed: int | None = None
 
@@ -51,6 +52,7 @@ class GradedTask:
     all_items: Sequence[Item]
     graders: Mapping[str, Grader]  # by the item's id
     source: str
+    unused: frozenset[str] = frozenset()  # defaults that every line, or the first one, overrides
 
     @property
     def data_hash(self) -> str:
@@ -78,9 +80,9 @@ class GradedTask:
         return sum(known) / len(known) if len(known) == len(chances) else None
 
     def facts(self, num_items: int) -> TaskFacts:
-        names = [self.main_score, *(name for one in self._kinds for name in one.scores)]
-        scores = {name: ScoreFacts() for name in names}
-        if len(self._kinds) == 1:
+        scores = {self.main_score: ScoreFacts()}
+        if len(self._kinds) == 1:  # of several, each score is there for some items only
+            scores |= {name: ScoreFacts() for name in self._kinds[0].scores}
             for name, metric in self._kinds[0].corpus.items():
                 scores[name] = ScoreFacts(how="corpus", metric=metric)
         return TaskFacts(
@@ -113,16 +115,28 @@ def read(path: Path, **defaults: Any) -> GradedTask:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"`{path}` cannot be read as UTF-8 text: {error}.") from None
+        raise ConfigError(f"`{path}` cannot be read: {reason_of(error)}.") from None
     numbered = [(n, one) for n, one in enumerate(text.split("\n"), 1) if one.strip()]
     parse = _parse_plain if path.suffix in (".txt", ".tsv") else _parse_json
     lines = [(number, parse(one.rstrip("\r"), _place(path, number))) for number, one in numbered]
-    base = Line(**defaults)
+    head = Line()
     if lines and lines[0][1].prompt is None and lines[0][1].messages is None:
-        base = _merge(lines.pop(0)[1], base)
+        head = lines.pop(0)[1]
     if not lines:
         raise ConfigError(f"`{path}` holds no prompt.", hint="a line of a task has a `prompt`")
-    return _task(path, base, lines)
+    task = _task(path, _merge(head, Line(**defaults)), lines)
+    unused = (
+        name
+        for name in defaults
+        if _says(head, name) or all(_says(line, name) for _, line in lines)
+    )
+    return replace(task, unused=frozenset(unused))
+
+
+def _says(line: Line, name: str) -> bool:
+    """Whether a line needs no default."""
+    first = line.messages[0] if line.messages else {}
+    return getattr(line, name) is not None or (name == "system" and first.get("role") == "system")
 
 
 def _place(path: Path, number: int) -> str:
@@ -139,7 +153,7 @@ def _parse_json(text: str, place: str) -> Line:
         return msgspec.json.decode(text, type=Line)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{place} is wrong: {error}.") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(
             f"{place} is no JSON: {error}.", hint="a file of plain prompts is named `.txt`"
         ) from None
@@ -168,12 +182,31 @@ def _task(path: Path, base: Line, lines: Sequence[tuple[int, Line]]) -> GradedTa
             items[name], graders[name] = _item(name, _merge(line, base))
         except ConfigError as error:
             raise ConfigError(f"{place}: {error.message}", hint=error.hint) from None
+    task_name = base.name or path.stem
+    if task_name == JUDGE:
+        raise ConfigError(
+            f"The task of `{path}` is named `{JUDGE}`, as the rows of a judge are.",
+            hint="a `name` in a first line without a prompt names it",
+        )
     return GradedTask(
-        name=base.name or path.stem,
+        name=task_name,
         all_items=list(items.values()),
         graders=graders,
         source=path.name,
     )
+
+
+def _messages(line: Line) -> list[dict[str, Any]]:
+    """What is asked, with the system message before it unless it has one."""
+    if line.messages is None:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": line.prompt}]
+    else:
+        messages = line.messages
+        if not messages or not all(isinstance(one.get("role"), str) for one in messages):
+            raise ConfigError("`messages` holds one or more messages, each with a `role`.")
+    if line.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": line.system}, *messages]
 
 
 def _item(name: str, line: Line) -> tuple[Item, Grader]:
@@ -187,9 +220,9 @@ def _item(name: str, line: Line) -> tuple[Item, Grader]:
     if grader.needs_reference and not references:
         kind = type(grader).__struct_config__.tag
         raise ConfigError(f"`reference` is needed by the grader `{kind}`.")
-    messages = line.messages or [{"role": "user", "content": line.prompt}]
-    if line.system is not None:
-        messages = [{"role": "system", "content": line.system}, *messages]
+    if references:
+        grader.check_references(references)
+    messages = _messages(line)
     ask = Ask(
         prompt_id=name,
         messages=messages,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from penstock.measure.quality.questions import shortened
 from penstock.measure.records import Header, Record, Request
 from penstock.measure.report import page as report
 from penstock.measure.report.plots import Axis, Bar, bars
@@ -14,6 +15,7 @@ from penstock.measure.report.units import interval, percent, quantity
 
 NUM_EXAMPLES = 12  # wrong answers that are shown of each task
 MAX_CHARACTERS = 600
+_Questions = Mapping[tuple[str, str], str]  # by task and item: only an item's first row has it
 _RULES = (
     "An item's score is the mean of its repeats. A request that failed counts as 0 and is counted "
     "beside; `of answered` leaves failures out. Intervals are two-sided 95 %: Wilson's for shares, "
@@ -25,9 +27,14 @@ _RULES = (
 def page(header: Header, figures: dict[str, Any], records: Sequence[Record]) -> str:
     """The report, self-contained."""
     rows = [record for record in records if isinstance(record, Request)]
+    questions = {
+        (row.task, row.prompt_id): row.details["question"]
+        for row in rows
+        if "question" in row.details
+    }
     sections: list[report.Section] = []
     for arm, made in figures["arms"].items():
-        sections += _arm_sections(arm, made, rows)
+        sections += _arm_sections(arm, made, rows, questions)
     if judged := figures.get("judge"):
         sections.append(_judge_section(judged))
     return report.document(
@@ -70,7 +77,7 @@ def _range(figure: Mapping[str, Any]) -> str:
 
 
 def _arm_sections(
-    arm: str, made: Mapping[str, Any], rows: Sequence[Request]
+    arm: str, made: Mapping[str, Any], rows: Sequence[Request], questions: _Questions
 ) -> Iterator[report.Section]:
     parts: list[str] = [_scores(made["tasks"]), _answers(made["tasks"])]
     for name, board in made.get("boards", {}).items():
@@ -83,7 +90,7 @@ def _arm_sections(
     yield report.Section(f"Scores of {arm}", parts)
     for name, task in made["tasks"].items():
         mine = [row for row in rows if row.arm == arm and row.task == name]
-        if found := [*_categories(task), *_examples(task["main_score"], mine)]:
+        if found := [*_categories(task), *_examples(task["main_score"], mine, questions)]:
             yield report.Section(f"{arm}: {name}", found)
 
 
@@ -194,7 +201,7 @@ def _published(told: Sequence[float] | None) -> str:
     return "" if told is None else f"{percent(told[0])}, n = {told[1]:.0f}"
 
 
-def _examples(main: str, rows: Sequence[Request]) -> Iterator[str]:
+def _examples(main: str, rows: Sequence[Request], questions: _Questions) -> Iterator[str]:
     """Some answers that are wrong, each to open; the first of every category first."""
     wrong = [row for row in rows if row.error_class is None and row.scores.get(main, 1.0) < 0.5]
     by_category: dict[str, list[Request]] = {}
@@ -206,14 +213,18 @@ def _examples(main: str, rows: Sequence[Request]) -> Iterator[str]:
             if queue and len(chosen) < NUM_EXAMPLES:
                 chosen.append(queue.pop(0))
     if chosen:
-        shown = [report.details(row.prompt_id, *_shown(row)) for row in chosen]
+        shown = [report.details(row.prompt_id, *_shown(row, questions)) for row in chosen]
         title = f"{len(wrong)} answers below one half; {len(chosen)} of them"
         yield report.details(title, *shown)
 
 
-def _shown(row: Request) -> Iterator[str]:
+def _shown(row: Request, questions: _Questions) -> Iterator[str]:
+    if question := questions.get((row.task, row.prompt_id)):
+        yield "question:"
+        yield report.code(shortened(question, MAX_CHARACTERS))
+    yield "answer:"
     yield report.code(_short(row.output))
-    for name in ("expected", "references", "instructions"):
+    for name in ("expected", "references", "instructions", "target"):
         if name in row.details:
             yield f"{name}:"
             yield report.code(_short(json.dumps(row.details[name], ensure_ascii=False)))
@@ -248,7 +259,7 @@ def _judge_section(judged: Mapping[str, Any]) -> report.Section:
 
 def _facts(told: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
-        (name, percent(value) if name.endswith(("_rate", "agreement")) else value)
+        (name, percent(value) if name.endswith("_rate") or name.startswith("agreement") else value)
         for name, value in told.items()
     ]
 
@@ -268,10 +279,20 @@ def _pairs(judged: Mapping[str, Any]) -> Iterator[str]:
                 f"{quantity(length['value'], 'points')} "
                 f"({interval(length['low'], length['high'], 'points')})."
             )
+    if why := judged.get("no_ranking"):
+        yield f"There is no ranking: {why}."
     if ranking := judged.get("ranking"):
-        lines = [[one["arm"], one["strength"], one["low"], one["high"]] for one in ranking]
+        no_end = Absent("won or lost every game: the strength is the prior's")
+        lines = [
+            [one["arm"], one["strength"], *(_or(one[end], no_end) for end in ("low", "high"))]
+            for one in ranking
+        ]
         heads = ["arm", "log strength", "low", "high"]
         yield table(heads, lines, caption="Bradley-Terry, bootstrap over prompts")
+
+
+def _or(value: Any, absent: Absent) -> Any:
+    return absent if value is None else value
 
 
 def _rate(told: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -325,8 +346,11 @@ def _judge_lines(judged: Mapping[str, Any]) -> Iterator[str]:
             f"{pair['ties']} ties, {pair['losses']} losses, {pair['inconsistent']} inconsistent; "
             f"win rate {_value(pair['win_rate'])} ({_range(pair['win_rate'])})"
         )
+    if why := judged.get("no_ranking"):
+        yield f"judge: no ranking: {why}"
     for place, one in enumerate(judged.get("ranking", []), start=1):
-        ends = f"{one['low']:.2f} to {one['high']:.2f}"
+        known = one["low"] is not None
+        ends = f"{one['low']:.2f} to {one['high']:.2f}" if known else "won or lost every game"
         yield f"  {place}. {one['arm']}: {one['strength']:.2f} ({ends})"
     for arm, by_task in judged.get("ratings", {}).items():
         for task, told in by_task.items():

@@ -13,8 +13,12 @@ from functools import partial
 from typing import Protocol
 
 from penstock.measure.load.target import Ask, Reply, Target, output_hash, prompt_hash
+from penstock.measure.quality.questions import question_of, shortened
 from penstock.measure.quality.tasks import Item, Task
-from penstock.measure.records import Clock, Record, Request
+from penstock.measure.quality.time_limit import TookTooLong, time_limit
+from penstock.measure.records import Clock, Mark, Record, Request
+
+GRADING_LIMIT_S = 5.0  # of one answer; more takes only a pattern that runs wild
 
 
 class Sink(Protocol):
@@ -64,7 +68,7 @@ async def run_jobs(
                     row.output, row.output_hash = reply.text, output_hash(reply.text)
                     if reply.reasoning:
                         row.details["reasoning"] = reply.reasoning
-                    job.grade(row, reply)
+                    _grade_in_time(job, reply, writer)
             finally:
                 row.prompt_id = prompt_id
                 writer.add(row)
@@ -80,6 +84,21 @@ async def run_jobs(
     return rows
 
 
+def _grade_in_time(job: Job, reply: Reply, writer: Sink) -> None:
+    """Grade; an answer that cannot be graded in time has no scores, and the run says so."""
+    try:
+        with time_limit(GRADING_LIMIT_S):
+            job.grade(job.row, reply)
+    except TookTooLong:
+        message = (
+            f"`{job.row.task}`: the answer to `{job.row.prompt_id}` could not be graded within "
+            f"{GRADING_LIMIT_S:.0f} s, and counts as wrong."
+        )
+        job.row.details["not_graded"] = message
+        facts = {"message": message}
+        writer.add(Mark(t_ns=writer.clock.now_ns(), arm=job.row.arm, name="problem", facts=facts))
+
+
 async def run_task(
     target: Target,
     task: Task,
@@ -91,29 +110,30 @@ async def run_task(
     seed: int = 0,
     concurrency: int = 8,
     repeats: int = 1,
+    keep_questions: bool = True,
     change: Callable[[Ask], Ask] | None = None,
     on_row: Callable[[Request], None] | None = None,
 ) -> list[Request]:
     """Ask every item of a task `repeats` times; returns the rows.
 
     A row carries the task's name, `prompt_id` (the item's), scores, output, both hashes, and in
-    `details` what the item has, its `group`, `category` and `repeat`. A row whose answer did not
-    come has an `error_class` and no scores.
+    `details` what the item has, its `group`, `category` and `repeat`, and with the first repeat
+    its `question`. A row whose answer did not come has an `error_class` and no scores.
 
     Args:
+        keep_questions: put the text of the questions, shortened, into the rows.
         change: what to do to a question before it is asked, such as another temperature.
         on_row: told of every row after it was written.
     """
     name = arm or target.arm.name
-    jobs = (
-        Job(
-            ask=change(item.ask) if change else item.ask,
-            row=_row(item, repeat, task, name, block),
-            grade=partial(_grade, task, item),
-        )
-        for repeat in range(repeats)
-        for item in task.items(limit, seed)
-    )
+
+    def job(item: Item, repeat: int) -> Job:
+        row, ask = _row(item, repeat, task, name, block), change(item.ask) if change else item.ask
+        if keep_questions and repeat == 0:
+            row.details["question"] = shortened(question_of(ask))
+        return Job(ask=ask, row=row, grade=partial(_grade, task, item))
+
+    jobs = (job(item, repeat) for repeat in range(repeats) for item in task.items(limit, seed))
     return await run_jobs(target, jobs, writer=writer, concurrency=concurrency, on_row=on_row)
 
 

@@ -6,59 +6,39 @@ target is started or asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
+from penstock.errors import PenstockError
 from penstock.measure.engines.arms import IN_PROCESS, URL, ArmSpec, parse_arm, parse_arms
 from penstock.measure.engines.launcher import Running, launched
-from penstock.measure.environment import hash_file
-from penstock.measure.kinds import finish
 from penstock.measure.load.endpoint import api_key
 from penstock.measure.load.target import Ask
 from penstock.measure.meters.price_lists import Price
-from penstock.measure.meters.prices import NoPrice, provider_of, set_cost
-from penstock.measure.meters.settings import MeterSettings, load_prices
+from penstock.measure.meters.prices import NoPrice, Prices, provider_of, set_cost
+from penstock.measure.meters.settings import load_prices
 from penstock.measure.quality import judge as judging
 from penstock.measure.quality import suites
+from penstock.measure.quality.options import Options, is_paid
+from penstock.measure.quality.planning import facts_of, hashes_of, plan_of, settings_of
+from penstock.measure.quality.questions import question_of
 from penstock.measure.quality.runner import run_jobs, run_task
+from penstock.measure.quality.stopping import Stopping
 from penstock.measure.quality.tasks import Task
 from penstock.measure.records import Arm, Record, Request
-from penstock.measure.run import Figures, Writer, new_header, runs_dir
-
-if TYPE_CHECKING:
-    from penstock.measure.quality.harness.run import Plan
+from penstock.measure.run import HEADER, RECORDS, Writer, new_header
 
 KIND = "eval"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `penstock eval` was told. `own` are defaults for lines of own tasks."""
-
-    targets: Sequence[str]
-    tasks: Sequence[str]
-    data: Path | None = None
-    limit: int | None = None
-    seed: int = 0
-    repeats: int = 1
-    concurrency: int = 8
-    temperature: float | None = None
-    own: Mapping[str, Any] = field(default_factory=dict)
-    chat: bool = False
-    num_fewshot: int | None = None
-    judge: str | None = None
-    votes: Path | None = None
-    judge_settings: judging.JudgeSettings = field(default_factory=judging.JudgeSettings)
-    out: Path | None = None
-    api_key_env: str | None = None
-    judge_api_key_env: str | None = None
-    timeout_s: float = 600.0
-    meters: MeterSettings = field(default_factory=MeterSettings)
+PATIENCE_S = 10.0  # between two words on a target that does not answer yet
 
 
 class Progress(Protocol):
@@ -83,8 +63,10 @@ class _Priced:
 
     def __post_init__(self) -> None:
         self.clock = self.writer.clock
+        self.has_rows = False
 
     def add(self, record: Record) -> None:
+        self.has_rows = self.has_rows or isinstance(record, Request)
         if isinstance(record, Request) and record.arm in self.prices:
             set_cost(record, self.prices[record.arm])
         self.writer.add(record)
@@ -93,66 +75,199 @@ class _Priced:
         self.writer.mark(name, arm=arm, stage=stage, **facts)
 
 
-async def evaluate(options: Options, progress: Progress) -> tuple[Path, Figures]:
-    """Run it; the run's directory and its figures.
+class Session:
+    """One evaluation. `path` is its run's directory while there is one with rows in it."""
 
-    Raises:
-        ConfigError, EngineError: a target, a task or an option cannot be used.
-    """
-    options.judge_settings.check()
-    tasks = suites.find_all(
-        options.tasks, options.data, num_fewshot=options.num_fewshot, **options.own
-    )
-    plan = _plan(options)
-    votes = judging.read_votes(options.votes) if options.votes else []
-    specs = parse_arms(options.targets)
-    judge_spec = _judge_spec(options, specs)
-    async with AsyncExitStack() as stack:
-        running = {}
-        for spec in specs:
-            progress.say(f"{spec.name}: getting ready")
-            if tasks or spec.kind != IN_PROCESS:
-                running[spec.name] = await _launch(stack, spec, options, options.api_key_env)
-        judge = None
-        if judge_spec is not None:
-            progress.say(f"{judge_spec.name}: getting ready")
-            judge = await _launch(stack, judge_spec, options, options.judge_api_key_env)
-        arms = [running[spec.name].arm if spec.name in running else _arm_of(spec) for spec in specs]
-        prices = _prices(options, [one for one in (*running.values(), judge) if one is not None])
+    def __init__(self, options: Options) -> None:
+        """Read and check all there is to read; nothing is started or asked.
+
+        Raises:
+            ConfigError: a target, a task, a file or an option cannot be used.
+        """
+        self.path: Path | None = None
+        self._options = options
+        self._specs = parse_arms(options.targets)
+        self._judge_spec = _judge_spec(options, self._specs)
+        self._everyone = [spec for spec in (*self._specs, self._judge_spec) if spec is not None]
+        options.check(self._specs, self._judge_spec)
+        self._keys = (api_key(options.api_key_env), api_key(options.judge_api_key_env))
+        for spec in self._everyone:
+            if spec.kind == IN_PROCESS:
+                _check_engine(spec)
+        self._tasks = suites.find_all(
+            options.tasks, options.data, num_fewshot=options.num_fewshot, **options.own
+        )
+        self._plan = plan_of(options)
+        self._facts = facts_of(options, self._tasks, self._plan)
+        self._votes = judging.read_votes(options.votes) if options.votes else []
+        self._prices = load_prices(options.meters) if any(map(is_paid, self._everyone)) else None
+
+    async def run(self, progress: Progress) -> None:
+        """Ask, grade, judge; Ctrl-C and SIGTERM end it with the rows that there are.
+
+        Raises:
+            PenstockError: a target cannot be started or asked, or the harness failed.
+        """
+        options, tasks, plan = self._options, self._tasks, self._plan
+        with Stopping() as stopping, self._logs() as logs:
+            async with AsyncExitStack() as stack:
+                running = {}
+                for spec in self._specs:
+                    if tasks or spec.kind != IN_PROCESS:
+                        launching = self._launch(spec, logs, self._keys[0])
+                        running[spec.name] = await _patiently(stack, launching, spec.name, progress)
+                judge = None
+                if self._judge_spec is not None:
+                    launching = self._launch(self._judge_spec, logs, self._keys[1])
+                    judge = await _patiently(stack, launching, self._judge_spec.name, progress)
+                sink = self._begin(stack, running, judge)
+                progress.say(f"rows are kept in {self.path}")
+                rows = await _ask(options, tasks, running, sink, progress)
+                if plan is not None:
+                    for spec in self._specs:
+                        progress.say(f"{spec.name}: lm-evaluation-harness")
+                        if spec.kind == IN_PROCESS and spec.name in running:
+                            await running[spec.name].target.close()  # the harness loads its own
+                        with stopping.blocking():
+                            self._harness(spec, running.get(spec.name), sink)
+                if judge is not None:
+                    await _judge(options, judge, tasks, rows, self._votes, sink, progress)
+
+    def _begin(
+        self, stack: AsyncExitStack, running: Mapping[str, Running], judge: Running | None
+    ) -> _Priced:
+        """Write the header; rows go to what is returned."""
+        arms = [
+            running[spec.name].arm if spec.name in running else _arm_of(spec)
+            for spec in self._specs
+        ]
+        everyone = [one for one in (*running.values(), judge) if one is not None]
+        prices = {} if self._prices is None else _prices(self._prices, everyone)
         header = new_header(
             KIND,
-            settings=_settings(options, tasks, plan, judge),
+            settings=settings_of(self._options, self._facts, self._plan, judge),
             arms=arms,
-            hashes=_hashes(options),
+            hashes=hashes_of(self._options),
             prices=msgspec.to_builtins(prices),
         )
-        writer = stack.enter_context(Writer(header, options.out))
-        sink = _Priced(writer, prices)
-        rows = await _ask(options, tasks, running, sink, progress)
-        if plan is not None:
-            for spec in specs:
-                progress.say(f"{spec.name}: lm-evaluation-harness")
-                if spec.kind == IN_PROCESS and spec.name in running:
-                    await running[spec.name].target.close()  # the harness loads its own engine
-                _harness(options, plan, spec, running.get(spec.name), sink)
-        if judge is not None:
-            await _judge(options, judge, tasks, rows, votes, sink, progress)
-    return writer.path, finish(writer.path)
+        writer = stack.enter_context(Writer(header, self._options.out))
+        self.path = writer.path
+        self._sink = _Priced(writer, prices)
+        return self._sink
+
+    @contextmanager
+    def _logs(self) -> Iterator[Path]:
+        """Where started engines write: moved beside the rows at the end, if there are any.
+
+        An engine that did not start leaves its log, which its error names, and no run.
+        """
+        logs = None
+        if any(spec.is_started for spec in self._everyone):
+            logs = Path(tempfile.mkdtemp(prefix="penstock-eval-"))
+        is_named = False
+        try:
+            yield logs or Path()  # of URLs, nobody writes there
+        except PenstockError:
+            is_named = True
+            raise
+        finally:
+            if self.path is not None and not self._sink.has_rows:
+                _remove_run(self.path)
+                self.path = None
+            if logs is not None:
+                _put_logs(logs, self.path, keep=is_named)
+
+    def _launch(
+        self, spec: ArmSpec, logs: Path, key: str | None
+    ) -> AbstractAsyncContextManager[Running]:
+        if spec.is_started:  # asked in chat or in plain text, as a task wants
+            spec = replace(spec, options={"dialect": "auto", **spec.options})
+        timeout_s = self._options.timeout_s
+        return launched(
+            spec,
+            log_dir=logs,
+            api_key=key if spec.kind == URL else None,
+            timeout_s=timeout_s,
+            request_timeout_s=timeout_s,
+        )
+
+    def _harness(self, spec: ArmSpec, running: Running | None, sink: _Priced) -> None:
+        """Blocks the event loop: some of lm-eval's graders need the main thread for alarms."""
+        from penstock.measure.quality.harness.run import run_harness
+
+        options = self._options
+        assert self._plan is not None
+        if spec.kind == IN_PROCESS:
+            from penstock.measure.offline import config_of
+            from penstock.measure.quality.harness import inprocess
+
+            config = config_of(spec.location, spec.options)
+            names = [name.replace("-", "_") for name in spec.options]
+            access = inprocess.load(
+                spec.location, **{name: getattr(config, name) for name in names}
+            )
+        else:
+            from penstock.measure.quality.harness import http
+
+            assert running is not None
+            access = http.connect(
+                running.url,
+                model=running.arm.model or None,
+                api_key=self._keys[0] if spec.kind == URL else None,
+                chat=options.chat,
+                num_concurrent=options.concurrency,
+                timeout_s=options.timeout_s,
+            )
+        try:
+            is_first = spec is self._specs[0]
+            run_harness(access, self._plan, writer=sink, arm=spec.name, keep_questions=is_first)
+        finally:
+            access.close()
 
 
-def _plan(options: Options) -> Plan | None:
-    names = suites.of_harness(options.tasks)
-    if not names:
-        return None
-    from penstock.measure.quality.harness.run import prepare
+async def _patiently(
+    stack: AsyncExitStack,
+    launching: AbstractAsyncContextManager[Running],
+    name: str,
+    progress: Progress,
+) -> Running:
+    """Wait until a target answers, and say now and then that it does not yet."""
+    progress.say(f"{name}: getting ready")
+    started_s = time.monotonic()
 
-    return prepare(
-        names,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        chat=options.chat,
-        sources=None if options.data is None else [options.data],
-    )
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(PATIENCE_S)
+            progress.say(f"{name}: no answer yet, {time.monotonic() - started_s:.0f} s")
+
+    telling = asyncio.create_task(tell())
+    try:
+        return await stack.enter_async_context(launching)
+    finally:
+        telling.cancel()
+
+
+def _put_logs(logs: Path, run: Path | None, *, keep: bool) -> None:
+    """Beside the rows; where there is no run, they stay only if an error has named them."""
+    has_logs = any(logs.iterdir())
+    if run is not None and has_logs:
+        shutil.copytree(logs, run / "logs", dirs_exist_ok=True)
+    if run is not None or not (keep and has_logs):
+        shutil.rmtree(logs)
+
+
+def _remove_run(path: Path) -> None:
+    """Of a run in which nothing was measured; what else lies in its directory stays."""
+    for name in (HEADER, RECORDS):
+        (path / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.rmdir()
+
+
+def _check_engine(spec: ArmSpec) -> None:
+    from penstock.measure.offline import config_of
+
+    config_of(spec.location, spec.options)
 
 
 def _judge_spec(options: Options, specs: Sequence[ArmSpec]) -> ArmSpec | None:
@@ -164,19 +279,6 @@ def _judge_spec(options: Options, specs: Sequence[ArmSpec]) -> ArmSpec | None:
     return spec
 
 
-async def _launch(
-    stack: AsyncExitStack, spec: ArmSpec, options: Options, key_env: str | None
-) -> Running:
-    key = api_key(key_env) if spec.kind == URL else None
-    logs = (options.out or runs_dir()) / "logs"
-    if spec.is_started:  # asked in chat or in plain text, as a task wants
-        logs.mkdir(parents=True, exist_ok=True)
-        spec = replace(spec, options={"dialect": "auto", **spec.options})
-    return await stack.enter_async_context(
-        launched(spec, log_dir=logs, api_key=key, timeout_s=options.timeout_s)
-    )
-
-
 def _arm_of(spec: ArmSpec) -> Arm:
     """An engine that only the harness loads, in this process."""
     flags = [f"{name}={value}" for name, value in spec.options.items()]
@@ -185,50 +287,11 @@ def _arm_of(spec: ArmSpec) -> Arm:
     )
 
 
-def _settings(
-    options: Options, tasks: Sequence[Task], plan: Plan | None, judge: Running | None
-) -> dict[str, Any]:
-    """What figures depend on, and what a repetition needs."""
-    facts = {task.name: task.facts(len(task.items(options.limit, options.seed))) for task in tasks}
-    settings: dict[str, Any] = {
-        "tasks": facts,
-        "repeats": {task.name: options.repeats for task in tasks},
-        "limit": options.limit,
-        "seed": options.seed,
-        "concurrency": options.concurrency,
-        "temperature": options.temperature,
-    }
-    if plan is not None:
-        settings["tasks"] = facts | plan.facts()
-        settings["harness"] = plan.settings()
-    if judge is not None:
-        told = options.judge_settings
-        settings["judge"] = {
-            "arm": judge.arm,
-            "rubric": told.judge_rubric,
-            "min_kappa": told.judge_min_kappa,
-            "max_flips": told.judge_max_flips,
-            "max_unreadable": told.judge_max_unreadable,
-        }
-    plain: dict[str, Any] = msgspec.to_builtins(settings)
-    return plain
-
-
-def _hashes(options: Options) -> dict[str, str]:
-    """Of the files that the user named."""
-    files = [name for name in options.tasks if Path(name).suffix in suites.FILES]
-    files += [str(options.votes)] if options.votes else []
-    return {name: hash_file(Path(name)) for name in files}
-
-
-def _prices(options: Options, running: Sequence[Running]) -> dict[str, Price | NoPrice]:
+def _prices(lists: Prices, running: Sequence[Running]) -> dict[str, Price | NoPrice]:
     """By arm, for those at a provider's URL."""
     providers = {
         one.arm.name: provider_of(one.url) or one.arm.provider for one in running if one.url
     }
-    if not any(providers.values()):
-        return {}
-    lists = load_prices(options.meters)
     return {
         one.arm.name: lists.find(providers[one.arm.name], one.arm.model)
         for one in running
@@ -253,6 +316,7 @@ async def _ask(
 
     rows: dict[str, list[Request]] = {}
     for name, one in running.items():
+        is_first = not rows
         rows[name] = []
         for task in tasks:
             num_items = len(task.items(options.limit, options.seed))
@@ -266,41 +330,11 @@ async def _ask(
                 seed=options.seed,
                 concurrency=options.concurrency,
                 repeats=options.repeats,
+                keep_questions=is_first,
                 change=change,
                 on_row=progress.row,
             )
     return rows
-
-
-def _harness(
-    options: Options, plan: Plan, spec: ArmSpec, running: Running | None, sink: _Priced
-) -> None:
-    """Blocks the event loop: some of lm-eval's graders need the main thread for their alarms."""
-    from penstock.measure.quality.harness.run import run_harness
-
-    if spec.kind == IN_PROCESS:
-        from penstock.measure.offline import config_of
-        from penstock.measure.quality.harness import inprocess
-
-        config = config_of(spec.location, spec.options)
-        names = [name.replace("-", "_") for name in spec.options]
-        access = inprocess.load(spec.location, **{name: getattr(config, name) for name in names})
-    else:
-        from penstock.measure.quality.harness import http
-
-        assert running is not None
-        access = http.connect(
-            running.url,
-            model=running.arm.model or None,
-            api_key=api_key(options.api_key_env) if spec.kind == URL else None,
-            chat=options.chat,
-            num_concurrent=options.concurrency,
-            timeout_s=options.timeout_s,
-        )
-    try:
-        run_harness(access, plan, writer=sink, arm=spec.name)
-    finally:
-        access.close()
 
 
 async def _judge(
@@ -314,7 +348,7 @@ async def _judge(
 ) -> None:
     name = judge.arm.name
     questions = {
-        (task.name, item.id): judging.question_of(item.ask)
+        (task.name, item.id): question_of(item.ask)
         for task in tasks
         for item in task.items(options.limit, options.seed)
     }
@@ -324,6 +358,7 @@ async def _judge(
     else:
         rubric = options.judge_settings.judge_rubric
         jobs += judging.rubric_jobs(rows, questions, name, rubric)
+    sink.mark("judging", arm=name, num_requests=len(jobs))
     progress.begin(f"{name}: judging", len(jobs))
     await run_jobs(
         judge.target, jobs, writer=sink, concurrency=options.concurrency, on_row=progress.row

@@ -68,15 +68,25 @@ def find_all(names: Sequence[str], data_dir: Path | None = None, **defaults: Any
     """The tasks of these names, without those of the harness.
 
     Raises:
-        ConfigError: as `find`, or two have the same name.
+        ConfigError: as `find`, two have the same name, or nothing would come of a default.
     """
+    from penstock.measure.quality.own import GradedTask
+
     tasks: dict[str, Task] = {}
+    unused: list[frozenset[str]] = []
     for name in names:
         if not name.startswith(HARNESS):
             task = find(name, data_dir, **defaults)
             if task.name in tasks:
                 raise ConfigError(f"`--tasks` has two tasks with the name `{task.name}`.")
             tasks[task.name] = task
+            if isinstance(task, GradedTask) and Path(name).suffix in FILES:
+                unused.append(task.unused)
+    if unused and (idle := frozenset.intersection(*unused)):
+        raise ConfigError(
+            f"`--{min(idle).replace('_', '-')}` is given, and nothing would come of it: it is for "
+            "lines that name none, and all of your own do."
+        )
     return list(tasks.values())
 
 

@@ -17,6 +17,8 @@ import msgspec
 
 from penstock.measure.load.target import Ask, Reply
 
+JUDGE = "judge"  # the name of no task: a judge's rows have it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:

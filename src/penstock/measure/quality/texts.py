@@ -48,8 +48,12 @@ def flores(name: str, data_dir: Path) -> GradedTask:
     texts, references = (
         read_lines(directory / "devtest" / f"{code}.devtest") for code in (source, target)
     )
-    with (directory / "metadata_devtest.tsv").open(encoding="utf-8", newline="") as file:
-        articles = [row["URL"] for row in csv.DictReader(file, delimiter="\t")]
+    table = csv.DictReader(read_lines(directory / "metadata_devtest.tsv"), delimiter="\t")
+    articles = [row.get("URL") or "" for row in table]
+    if not len(texts) == len(references) == len(articles):
+        raise ConfigError(
+            f"`{directory}` is damaged: its files differ in how many lines they have."
+        )
     request = (
         f"Translate this sentence from {LANGUAGES[source]} into {LANGUAGES[target]}. "
         "Answer with the translation only.\n\n"
@@ -70,7 +74,7 @@ def cnndm(data_dir: Path) -> GradedTask:
     grader = Rouge()
     items = [
         _item(str(number), line["prompt"], _highlights(line), max_tokens=256)
-        for number, line in enumerate(read_jsonl(path))
+        for number, line in enumerate(read_jsonl(path, "prompt", "completion"))
     ]
     return _task("cnndm", items, grader, "CNN/DailyMail 3.0.0, P3's prompt `tldr_summary`")
 
@@ -87,7 +91,7 @@ def mt_bench(data_dir: Path) -> GradedTask:
     path = data_dir / "prompts-mt-bench" / "mt_bench_question.jsonl"
     grader = NonEmpty()
     items = []
-    for line in read_jsonl(path):
+    for line in read_jsonl(path, "question_id", "turns", "category"):
         name = str(line["question_id"])
         messages = [{"role": "user", "content": line["turns"][0]}]
         ask = Ask(prompt_id=name, messages=messages, max_tokens=1024)

@@ -9,8 +9,10 @@ in our sandbox, and empty answers and cut prompts are counted.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 from urllib.parse import urldefrag, urlsplit
@@ -74,25 +76,19 @@ def connect(
         route = "chat" if chat and not tokenizer and "chat_template" not in tells else "completions"
     backend = "huggingface" if tokenizer else ("remote" if tells else None)
     troubles = Troubles()
-    options: dict[str, Any] = {
-        "model": name,
-        "header": server.headers,
-        "max_length": context_len,
-        "num_concurrent": num_concurrent,
-        "max_retries": retries,
-        "timeout": timeout_s,
-        "auth_token": api_key,
-    }
-    if route == "chat":
-        lm: Any = _Chat(troubles, base_url=f"{server.base}/v1/chat/completions", **options)
-    else:
-        lm = _Completions(
-            troubles,
-            base_url=f"{server.base}/v1/completions",
-            tokenizer_backend=backend,
-            tokenizer=tokenizer,
-            **options,
-        )
+    lm = _client(
+        server.base,
+        route,
+        troubles,
+        tokenizer={"tokenizer_backend": backend, "tokenizer": tokenizer},
+        model=name,
+        header=server.headers,
+        max_length=context_len,
+        num_concurrent=num_concurrent,
+        max_retries=retries,
+        timeout=timeout_s,
+        auth_token=api_key,
+    )
     return Access(
         lm=lm,
         name=name,
@@ -110,6 +106,15 @@ def connect(
         max_stops=MAX_STOPS if route == "chat" else None,
         same_seed=True,
     )
+
+
+def _client(
+    base: str, route: str, troubles: Troubles, *, tokenizer: dict[str, Any], **options: Any
+) -> Any:
+    """lm-eval's client of a route."""
+    if route == "chat":
+        return _Chat(troubles, base_url=f"{base}/v1/chat/completions", **options)
+    return _Completions(troubles, base_url=f"{base}/v1/completions", **tokenizer, **options)
 
 
 class _Server:
@@ -203,7 +208,40 @@ class _Tokenizer(RemoteTokenizer):  # type: ignore[misc]  # lm_eval has no types
         self._known.clear()
 
 
-class _Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm_eval has no types
+class _Stoppable:
+    """Of a client: its work in another thread ends soon after `stop`, with CancelledError."""
+
+    _is_stopped = False
+    _asking: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # of every request that is cut off
+        if self._asking is not None:
+            loop, task = self._asking
+            with suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(task.cancel)
+
+    def _go_on(self) -> None:
+        if self._is_stopped:
+            raise asyncio.CancelledError
+
+    async def get_batched_requests(self, *args: Any, **kwargs: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking = (asyncio.get_running_loop(), task)
+        try:
+            self._go_on()
+            return await super().get_batched_requests(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._asking = None
+
+    def model_call(self, *args: Any, **kwargs: Any) -> Any:
+        self._go_on()
+        return super().model_call(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Completions(_Stoppable, LocalCompletionsAPI):  # type: ignore[misc]  # lm_eval has no types
     """lm-eval's `local-completions`."""
 
     def __init__(self, troubles: Troubles, **options: Any) -> None:
@@ -235,6 +273,7 @@ class _Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm_eval has no
         self, string: Any, left_truncate_len: Any = None, add_special_tokens: Any = None, **_: Any
     ) -> Any:
         """As `EngineLM` does: special tokens as the model wants them, none of them twice."""
+        self._go_on()
         if not isinstance(string, str):
             encoded = [self.tok_encode(one) for one in string]
             self._lens = [len(token_ids) for token_ids in encoded]
@@ -282,20 +321,22 @@ class _Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm_eval has no
 
     def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
         try:
-            return _off_loop(lambda: super(_Completions, self).loglikelihood(requests, **kwargs))
+            return _off_loop(
+                lambda: super(_Completions, self).loglikelihood(requests, **kwargs), self.stop
+            )
         finally:
             self._forget()
 
     def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
         return _off_loop(
-            lambda: super(_Completions, self).loglikelihood_rolling(requests, **kwargs)
+            lambda: super(_Completions, self).loglikelihood_rolling(requests, **kwargs), self.stop
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         self._lens = []
         try:
             answers: list[str] = _off_loop(
-                lambda: super(_Completions, self).generate_until(requests, disable_tqdm)
+                lambda: super(_Completions, self).generate_until(requests, disable_tqdm), self.stop
             )
         finally:
             self._forget()
@@ -313,7 +354,7 @@ class _Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm_eval has no
         return _counted(super().parse_generations(outputs, **kwargs), self._troubles)
 
 
-class _Chat(LocalChatCompletion):  # type: ignore[misc]  # lm_eval has no types
+class _Chat(_Stoppable, LocalChatCompletion):  # type: ignore[misc]  # lm_eval has no types
     """lm-eval's `local-chat-completions`."""
 
     def __init__(self, troubles: Troubles, **options: Any) -> None:
@@ -321,20 +362,32 @@ class _Chat(LocalChatCompletion):  # type: ignore[misc]  # lm_eval has no types
         self._troubles = troubles
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        return _off_loop(lambda: super(_Chat, self).generate_until(requests, disable_tqdm))
+        return _off_loop(
+            lambda: super(_Chat, self).generate_until(requests, disable_tqdm), self.stop
+        )
 
     def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str]:
         return _counted(super().parse_generations(outputs, **kwargs), self._troubles)
 
 
-def _off_loop(work: Callable[[], T]) -> T:
-    """Do what calls `asyncio.run`, in another thread if an event loop runs in this one."""
+def _off_loop(work: Callable[[], T], stop: Callable[[], None]) -> T:
+    """Do what calls `asyncio.run`, in another thread if an event loop runs in this one.
+
+    Args:
+        stop: ends the work from this thread, where a signal breaks in.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return work()
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+        working = pool.submit(work)
+        try:
+            return working.result()
+        except BaseException:
+            if not working.done():
+                stop()  # else the pool would wait for all answers
+            raise
 
 
 def _counted(answers: Sequence[str | None], troubles: Troubles) -> list[str]:

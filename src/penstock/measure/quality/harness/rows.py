@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.measure.quality.questions import shortened
 from penstock.measure.records import Request
 
+NOT_FINITE = "not_finite"  # in a row's details: scores that are infinite, or no numbers
 How = Literal["mean", "flat_mean", "perplexity", "weighted_perplexity", "bits_per_byte", "other"]
 
 
@@ -82,6 +84,7 @@ def _row(task: str, sample: Mapping[str, Any], seen: dict[str, int]) -> Request:
     suffix = f"#{seen[doc_hash]}" if seen[doc_hash] > 1 else ""
     output, details = _answer(sample)
     details |= {
+        "question": _question(sample["arguments"]),
         "doc_id": sample["doc_id"],
         "doc_hash": doc_hash,
         "target": _plain(sample["target"]),
@@ -96,6 +99,24 @@ def _row(task: str, sample: Mapping[str, Any], seen: dict[str, int]) -> Request:
         output_hash=None if output is None else hashlib.sha256(output.encode()).hexdigest(),
         details=details,
     )
+
+
+def _question(arguments: Sequence[Sequence[Any]]) -> str:
+    """The prompt, and the choices where several continuations were scored."""
+    prompts = [shortened(_text(one[0])) for one in arguments]
+    choices = [_text(one[1]) for one in arguments if len(one) > 1 and isinstance(one[1], str)]
+    if len(choices) < 2:
+        return prompts[0]
+    if len(set(prompts)) > 1:  # Winogrande: what differs stands before the text
+        choices = [a + b for a, b in zip(prompts, choices, strict=True)]
+        return shortened("\n".join(f"{n}: {choice}" for n, choice in enumerate(choices)))
+    listed = "\n".join(f"{n}:{choice}" for n, choice in enumerate(choices))
+    return prompts[0] + shortened(f"\n\n[choices]\n{listed}")
+
+
+def _text(prompt: Any) -> str:
+    """A prompt is a text, or of the chat route the JSON of its messages."""
+    return prompt if isinstance(prompt, str) else str(getattr(prompt, "prompt", prompt))
 
 
 def _answer(sample: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -115,18 +136,23 @@ def _answer(sample: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 def _put(row: Request, full: str, value: Any, metric: Metric | None) -> None:
     """Keep the value of one metric: as a score where it is a number, else among the details."""
+    score: float | None = None
     if metric is not None and metric.how == "flat_mean":
         assert metric.weight is not None
         row.details[metric.weight] = len(value)
-        row.scores[metric.score] = sum(map(float, value)) / len(value)
+        score = sum(map(float, value)) / len(value)
     elif metric is not None and metric.weight is not None:
         loglikelihood, num_units = value
         row.details[metric.weight] = num_units
-        row.scores[metric.score] = float(loglikelihood) / num_units
+        score = float(loglikelihood) / num_units
     elif isinstance(value, (bool, int, float)) or hasattr(value, "item"):
-        row.scores[full if metric is None else metric.score] = float(value)
+        score = float(value)
     else:
         row.details.setdefault("values", {})[full] = _plain(value)
+    if score is not None and math.isfinite(score):
+        row.scores[full if metric is None else metric.score] = score
+    elif score is not None:  # JSON has no such number
+        row.details.setdefault(NOT_FINITE, {})[full] = str(score)
 
 
 def results_of(

@@ -24,7 +24,7 @@ from penstock.errors import ConfigError, EngineError, PenstockError
 from penstock.measure.quality.harness import tasks as harness_tasks
 from penstock.measure.quality.harness.access import Access
 from penstock.measure.quality.harness.datasets import sources_or_default
-from penstock.measure.quality.harness.rows import How, Metric, metric_of, rows_of
+from penstock.measure.quality.harness.rows import NOT_FINITE, How, Metric, metric_of, rows_of
 from penstock.measure.quality.harness.surroundings import NUMPY_SEED, SEED, quiet, seeded
 from penstock.measure.quality.tasks import ScoreFacts, TaskFacts
 from penstock.measure.records import Clock, Record, Request
@@ -172,12 +172,9 @@ def prepare(
     """
     if limit is not None and samples is not None:
         raise ConfigError("`limit` and `samples` both choose documents.", hint="set one of them")
-    if not names:
-        raise ConfigError("No task is named.", hint="such as `arc_easy`")
+    directories = sources_or_default(sources)
     with seeded(), quiet():
-        found = harness_tasks.load(
-            names, sources=sources_or_default(sources), include_path=include_path, online=online
-        )
+        found = harness_tasks.load(names, directories, include_path=include_path, online=online)
     for task in found.loaded["tasks"].values():
         _configure(task, num_fewshot, gen_kwargs)
     return Plan(
@@ -194,11 +191,20 @@ def prepare(
 
 
 def run_harness(
-    access: Access, plan: Plan, *, writer: Sink, arm: str = "", block: int = 0
+    access: Access,
+    plan: Plan,
+    *,
+    writer: Sink,
+    arm: str = "",
+    block: int = 0,
+    keep_questions: bool = True,
 ) -> list[Request]:
     """Evaluate a plan and write its rows and marks. It blocks, also where an event loop runs.
 
     Call it in the main thread: some tasks (MATH) grade with signals, which work nowhere else.
+
+    Args:
+        keep_questions: a row's `details["question"]` has its prompt, shortened.
 
     Raises:
         ConfigError: the model cannot do what a task asks; nothing was asked yet.
@@ -218,6 +224,10 @@ def run_harness(
             row.arm, row.block, row.model = arm, block, access.name
             row.index = len(rows)
             row.t_done_ns = writer.clock.now_ns()
+            if not keep_questions:
+                del row.details["question"]
+            if NOT_FINITE in row.details:
+                access.troubles.add(f"A document of `{name}` has a score that is no finite number")
             rows.append(row)
             writer.add(row)
     for message in [*stops, *access.troubles.drain()]:

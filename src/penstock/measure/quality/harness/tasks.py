@@ -61,8 +61,8 @@ class LoadedTasks:
 
 def load(
     names: Sequence[str],
-    *,
     sources: Sequence[Path] = (),
+    *,
     include_path: Path | None = None,
     online: bool = False,
 ) -> LoadedTasks:
@@ -78,6 +78,8 @@ def load(
         ConfigError: a name is unknown, a data set is missing, a metric would be downloaded, or a
             task cannot be built.
     """
+    if not names:
+        raise ConfigError("No task is named.", hint="such as `arc_easy`")
     if not online:
         stay_offline()
     index = _index_for(names, include_path)
@@ -131,7 +133,8 @@ class _Binder:
         except LookupError:
             raise ConfigError(
                 f"The task `{entry.name}` needs nltk's data `punkt_tab`, which is not here.",
-                hint="`python -m nltk.downloader punkt_tab` fetches it; or allow the network",
+                hint="`python -m nltk.downloader punkt_tab` fetches it; penstock's own task "
+                "`ifeval` needs nothing",
             ) from None
 
     def bind(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def _missing(name: str, path: str, config: str | None, sources: Sequence[Path]) 
     return ConfigError(
         f"The task `{name}` needs the data set `{path}`, which was looked for in {where}.",
         hint=f"put a mirror into `DIR/{layout}` (save_to_disk, or one parquet or jsonl file for "
-        "each split), or allow the network",
+        "each split)",
     )
 
 
@@ -230,7 +233,9 @@ def _cannot_build(names: Sequence[str], error: Exception, online: bool) -> Confi
     reason = text[0][:300].rstrip(".") if text else type(error).__name__
     return ConfigError(
         f"lm-eval cannot build `{', '.join(names)}`: {type(error).__name__}: {reason}.",
-        hint=None if online else "a task that fetches its own data needs the network",
+        hint=None
+        if online
+        else "a task that fetches its own data cannot, since nothing is fetched",
     )
 
 

@@ -57,7 +57,7 @@ class Ifeval:
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / "eval-ifeval" / "input_data.jsonl"
-        self._lines = read_jsonl(self._path)
+        self._lines = read_jsonl(self._path, "key", "prompt", "instruction_id_list", "kwargs")
         for line in self._lines:
             if unknown := set(line["instruction_id_list"]) - set(CHECKS):
                 raise ConfigError(

@@ -19,7 +19,7 @@ _ABBREVIATIONS = re.compile(
     r"jan|feb|aug|sept|oct|nov|dec|mon|tue|wed|thu|fri|(?:[a-z]\.)+[a-z]"
 )
 # A possible end: stops, what closes a quotation or bracket, then white space or the end.
-_END = re.compile(r"""(\S*?)([.!?]+|…)(["'”’)\]}*]*)(?:(?<=["'”’)\]}])[,;])?(?=\s|$)""")
+_END = re.compile(r"""(?<!\S)(\S*?)([.!?]+|…)(["'”’)\]}*]*)(?:(?<=["'”’)\]}])[,;])?(?=\s|$)""")
 _NEXT = re.compile(r"""\s+["'“‘(\[*]*(\S)""")
 
 
@@ -63,11 +63,13 @@ def _ends(match: re.Match[str], text: str) -> bool:
 
 # The Treebank tokenizer's rules as far as they matter for words in capitals: signs are apart, a
 # hyphen, an underscore and a full stop within a word are not, and contractions are two words.
-_SIGNS = re.compile(r"""[\[\](){}<>;@#$%&?!"“”«»…]|--|[,:](?=\D|$)|(?<!\w)'|'(?!\w)""")
+_SIGNS = re.compile(r"""[\[\](){}<>;@#$%&?!"“”«»…]|--|\.\.\.|[,:](?=\D|$)|(?<!\w)'|'(?!\w)""")
 _CONTRACTION = re.compile(r"(?i)(?<=\w)(n't|'(?:s|m|d|ll|re|ve))\b")
+_JOINED = re.compile(r"(?i)\b(can)(not)\b|\b(gim|lem)(me)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b")
 
 
 def words_in_capitals(text: str) -> list[str]:
     """Words without a lower-case letter and with a capital one."""
     apart = _CONTRACTION.sub(r" \1", _SIGNS.sub(" ", text))
+    apart = _JOINED.sub(lambda found: " ".join(part for part in found.groups() if part), apart)
     return [word for word in apart.split() if word.isupper()]
