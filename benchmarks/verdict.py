@@ -2,7 +2,8 @@
 
 Quality on all held-out items of brook, speed in interleaved blocks, memory, energy (modelled: the
 watts are given), cost by an hourly price, and the divergence of the distributions. Keeps figures,
-header and page as `results/verdict-brook-<format>.json` and `.html`.
+header and page as `results/verdict-brook-<format>.json` and `.html`. The run's directory stays, so
+that `--again RUN` makes figures and page of its records anew, without measuring.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from benchmarks.common import RESULTS, ROOT, environment
 from penstock.measure.engines.arms import parse_arms
+from penstock.measure.kinds import finish
 from penstock.measure.meters.settings import MeterSettings
 from penstock.measure.quality import suites
-from penstock.measure.run import PAGE, Run
+from penstock.measure.run import PAGE, Figures, Run, runs_dir
 from penstock.measure.verdict.run import run
 from penstock.measure.verdict.settings import LoadSettings, RuleSettings
 
 # An assumption, printed with every figure: 360 W of a Zen 4 EPYC of 192 threads, 2 of them.
 CPU_WATTS = 3.75
+ABOUT = "benchmark.json"  # in a run's directory: which format, when and how it was measured
 
 
 def arguments() -> argparse.Namespace:
@@ -47,61 +49,83 @@ def arguments() -> argparse.Namespace:
     add("--cpu-watts", type=float, default=CPU_WATTS, help="of this machine when busy: assumed")
     add("--usd-per-hour", type=float, default=0.10, help="of this machine: assumed")
     add("--results", type=Path, default=RESULTS, help="where results go")
+    add("--runs", type=Path, default=runs_dir(), help="where the runs' directories are kept")
+    add(
+        "--again",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="runs whose records are used: no measuring",
+    )
     return parser.parse_args()
 
 
-def compare(options: argparse.Namespace, weights: str) -> dict[str, Any]:
-    """One comparison; writes its page and returns what goes into the results."""
+def measure(options: argparse.Namespace, weights: str) -> Path:
+    """One comparison; returns its run's directory."""
     base, variant = parse_arms(
         [f"bf16={options.base}", f"{weights}={options.base}?quantization={weights}"]
     )
-    with tempfile.TemporaryDirectory() as work:
-        path, made = run(
-            (base, variant),
-            [suites.find("brook")],
-            load=LoadSettings(
-                limit=options.limit,
-                blocks=options.blocks,
-                max_blocks=max(options.max_blocks, options.blocks),
-                noise_blocks=options.noise_blocks,
-                requests=options.requests,
-                output_tokens=options.output_tokens,
-                concurrency=options.concurrency,
-            ),
-            rules=RuleSettings(max_drop=options.max_drop),
-            meters=MeterSettings(cpu_watts=options.cpu_watts, usd_per_hour=options.usd_per_hour),
-            directory=Path(work) / "run",
-            progress=lambda line: print(line, file=sys.stderr),
-        )
-        header = msgspec.to_builtins(Run(path).header)
-        page = (path / PAGE).read_text()
-    options.results.mkdir(parents=True, exist_ok=True)
-    page = page.replace(f"{ROOT}/", "")  # where it was run is nobody's business
-    (options.results / f"verdict-brook-{weights}.html").write_text(page)
-    return {
-        "header": header,
-        "records_sha256": made.records_sha256,
-        "num_records": made.num_records,
-        "problems": made.problems,
-        **made.figures,
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    about = {
+        "format": weights,
+        "command": " ".join(["python -m benchmarks.verdict", *sys.argv[1:]]),
+        "environment": environment(),
     }
+    directory: Path = options.runs / f"{stamp}-verdict-brook-{weights}"
+    directory.mkdir(parents=True)
+    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    path, _ = run(
+        (base, variant),
+        [suites.find("brook")],
+        load=LoadSettings(
+            limit=options.limit,
+            blocks=options.blocks,
+            max_blocks=max(options.max_blocks, options.blocks),
+            noise_blocks=options.noise_blocks,
+            requests=options.requests,
+            random_output_len=options.output_tokens,
+            concurrency=options.concurrency,
+        ),
+        rules=RuleSettings(max_drop=options.max_drop),
+        meters=MeterSettings(cpu_watts=options.cpu_watts, usd_per_hour=options.usd_per_hour),
+        directory=directory,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    return path
+
+
+def keep(path: Path, made: Figures, results: Path) -> None:
+    """Write results of a run's directory: figures, header and page."""
+    about = json.loads((path / ABOUT).read_bytes())
+    document = {
+        "benchmark": "verdict",
+        "command": about["command"],
+        "environment": about["environment"],
+        "figures": {
+            "header": msgspec.to_builtins(Run(path).header),
+            "records_sha256": made.records_sha256,
+            "num_records": made.num_records,
+            "problems": made.problems,
+            **made.figures,
+        },
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    name = f"verdict-brook-{about['format']}"
+    for suffix, text in (
+        ("html", (path / PAGE).read_text()),
+        ("json", json.dumps(document, indent=1) + "\n"),
+    ):  # where it was run is nobody's business
+        (results / f"{name}.{suffix}").write_text(text.replace(f"{ROOT}/", ""))
+    print(made.figures["overall"]["sentence"], file=sys.stderr)
+    told = {"benchmark": "verdict", "format": about["format"], "run": str(path)}
+    print(json.dumps(told | {"problems": made.problems} | made.figures["overall"]))
 
 
 def main() -> int:
     options = arguments()
-    for weights in options.formats:
-        before = environment()
-        figures = compare(options, weights)
-        document = {
-            "benchmark": "verdict",
-            "command": " ".join(["python -m benchmarks.verdict", *sys.argv[1:]]),
-            "environment": before,
-            "figures": figures,
-        }
-        path = options.results / f"verdict-brook-{weights}.json"
-        path.write_text(json.dumps(document, indent=1).replace(f"{ROOT}/", "") + "\n")
-        print(figures["overall"]["sentence"], file=sys.stderr)
-        print(json.dumps({"benchmark": "verdict", "format": weights, **figures["overall"]}))
+    paths = options.again or (measure(options, weights) for weights in options.formats)
+    for path in paths:
+        keep(path, finish(path), options.results)
     return 0
 
 

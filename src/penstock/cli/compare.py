@@ -1,29 +1,33 @@
 """`penstock compare`: is B better than A, not worse, worse, or can that not be told?
 
-Exit status: 0 better or not worse, 1 worse (or an error, which says so), 2 wrong usage, 3 cannot
-be told or the run is not valid; with `--strict` the last is 1 too.
+Exit status: 0 better or not worse, 1 an error, 2 wrong usage (nothing was measured), 3 cannot be
+told or the run is not valid, 4 worse, 130 stopped; `penstock.cli.runs` has them.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from penstock.cli import runs
 from penstock.cli.options import build, options_of
 from penstock.errors import ConfigError
 from penstock.measure.meters.settings import MeterSettings, tables_dir
-from penstock.measure.run import FIGURES, HEADER, PAGE, Figures
+from penstock.measure.run import HEADER
 from penstock.measure.verdict.settings import LoadSettings, RuleSettings
 
-CANNOT_TELL = 3
-PLAIN_LINES_S = 10.0  # between two lines of progress where stderr is no terminal
+if TYPE_CHECKING:
+    from penstock.measure.verdict.run import Measurement
+
+OF_RUNS = {"a", "b", "output", "as_json", "seed"} | {
+    field.name for field in dataclasses.fields(RuleSettings)
+}  # options that say something of two finished runs
 _EXAMPLE = (
     "Example: penstock compare brook 'brook?quantization=int8' --tasks brook --max-drop 1 "
     "--usd-per-hour 0.10"
@@ -43,13 +47,17 @@ _EXAMPLE = (
 @options_of(LoadSettings)
 @options_of(RuleSettings)
 @options_of(MeterSettings)
-@click.option("--api-key-env", help="Variable with the key of a URL. Default: PENSTOCK_API_KEY.")
+@click.option(
+    "--api-key-env",
+    multiple=True,
+    help="Variable with the key of a URL; given twice, of A and of B. Default: PENSTOCK_API_KEY.",
+)
 @click.option(
     "--output",
+    "-o",
     type=click.Path(file_okay=False, path_type=Path),
     help="Directory of the run. Default: a new one in PENSTOCK_RUNS or ./penstock-runs.",
 )
-@click.option("--strict", is_flag=True, help="Exit status 1, not 3, where it cannot be told.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(
     a: str,
@@ -57,125 +65,130 @@ def command(
     tasks: str | None,
     prompts: tuple[str, ...],
     output: Path | None,
-    strict: bool,
     as_json: bool,
-    api_key_env: str | None,
+    api_key_env: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Is the variant B better than the base A?
 
     An arm is a URL (http://HOST:PORT#MODEL), or what is started for it: MODEL?option=value,
     vllm:MODEL, llama-server:FILE, transformers:MODEL, inprocess:MODEL. Or A and B are two finished
-    runs of `penstock eval`, whose answers are paired.
+    runs of `penstock eval`, whose answers are paired. Every item is asked three times: of A, of B,
+    and of A again; --limit makes it short.
 
     \b
-    Exit status: 0 better or not worse; 1 worse; 3 cannot be told, or the run is not valid.
+    Exit status: 0 better or not worse; 1 an error; 2 wrong usage; 3 cannot tell,
+    or the run is not valid; 4 worse; 130 stopped.
     """
-    rules = build(RuleSettings, options)
-    if _is_run(a) and _is_run(b):
-        path, found = _finished(a, b, rules, output, tasks, prompts)
+    from penstock.measure.verdict.words import text
+
+    interrupted = False
+    with runs.usage():
+        rules = build(RuleSettings, options)
+        rules.rule()
+        runs.check_output(output)
+        are_runs = _are_runs(a, b)
+        if are_runs:
+            _check_options_of_runs()
+    if are_runs:
+        from penstock.measure.results import store
+        from penstock.measure.verdict.runs import compare_runs
+
+        path, made = compare_runs(store.find(a), store.find(b), rules, output, options["seed"])
     else:
-        path, found = _measured(a, b, tasks, prompts, rules, output, api_key_env, options)
-    if as_json:
-        click.echo(json.dumps({"run": str(path), "problems": found.problems} | found.figures))
-    else:
-        _print(path, found)
-    return status(found, strict=strict)
+        with runs.usage():
+            measurement = _measurement(a, b, tasks, prompts, rules, output, api_key_env, options)
+        made, interrupted = runs.measured(measurement, measurement.run(_progress()))
+        assert measurement.path is not None
+        path = measurement.path
+    if sys.stderr.isatty():
+        click.echo(err=True)  # the line of progress ends
+    verdict = made.figures["overall"]["verdict"]
+    status = runs.tell(
+        path,
+        made,
+        lambda: text(made.figures),
+        as_json=as_json,
+        bad=verdict == "worse",
+        interrupted=interrupted,
+    )
+    return runs.NOT_VALID if verdict == "cannot tell" else status
 
 
-def status(found: Figures, *, strict: bool) -> int:
-    """The exit status of a comparison."""
-    verdict = found.figures["overall"]["verdict"]
-    if verdict == "worse":
-        return 1
-    if verdict == "cannot tell" or found.problems:
-        return 1 if strict else CANNOT_TELL
-    return 0
-
-
-def _is_run(text: str) -> bool:
+def _are_runs(a: str, b: str) -> bool:
     from penstock.measure.run import runs_dir
 
-    return (Path(text) / HEADER).is_file() or (runs_dir() / text / HEADER).is_file()
-
-
-def _finished(
-    a: str,
-    b: str,
-    rules: RuleSettings,
-    output: Path | None,
-    tasks: str | None,
-    prompts: tuple[str, ...],
-) -> tuple[Path, Figures]:
-    from penstock.measure.results import store
-    from penstock.measure.verdict.runs import compare_runs
-
-    if tasks or prompts:
+    places = [(Path(one), runs_dir() / one) for one in (a, b)]
+    are = [any((place / HEADER).is_file() for place in some) for some in places]
+    if are[0] != are[1]:
+        run, other = (a, b) if are[0] else (b, a)
         raise ConfigError(
-            "`--tasks` and `--prompts` are for arms; two runs have theirs.",
-            hint="all tasks that both runs have are compared",
+            f"`{run}` is a finished run, and `{other}` is none.",
+            hint="compare two finished runs of `penstock eval`, or two arms that are asked now",
         )
-    return compare_runs(store.find(a), store.find(b), rules, output)
+    return all(are)
 
 
-def _measured(
+def _check_options_of_runs() -> None:
+    context = click.get_current_context()
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in OF_RUNS and source == ParameterSource.COMMANDLINE:
+            raise ConfigError(
+                f"`--{name.replace('_', '-')}` is for arms that are asked; two runs have been.",
+                hint="of two runs, all tasks that both have are compared, by the rule's options",
+            )
+
+
+def _measurement(
     a: str,
     b: str,
     tasks: str | None,
     prompts: tuple[str, ...],
     rules: RuleSettings,
     output: Path | None,
-    api_key_env: str | None,
+    api_key_env: tuple[str, ...],
     options: dict[str, Any],
-) -> tuple[Path, Figures]:
+) -> Measurement:
+    """What is asked for, read and checked."""
     from penstock.measure.engines.arms import parse_arms
     from penstock.measure.environment import hash_file
     from penstock.measure.load.endpoint import api_key
     from penstock.measure.quality import suites
-    from penstock.measure.verdict.run import run
+    from penstock.measure.verdict.run import Measurement
 
+    if len(api_key_env) > 2:
+        raise ConfigError(
+            f"`--api-key-env` is given `{len(api_key_env)}` times; there are two arms."
+        )
+    keys = [api_key(name) for name in api_key_env or (None,)]
     base, variant = parse_arms([a, b])
     meters = build(MeterSettings, options)
+    load = build(LoadSettings, options)
+    load.check()
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if harness := suites.of_harness(names):
         raise ConfigError(
             f"`--tasks` names `lm:{harness[0]}`, which cannot be asked in turns.",
             hint="run `penstock eval` on each arm, then `penstock compare RUN_A RUN_B`",
         )
-    return run(
+    return Measurement(
         (base, variant),
         suites.find_all([*names, *prompts], tables_dir(meters)),
-        load=build(LoadSettings, options),
+        load=load,
         rules=rules,
         meters=meters,
         directory=output,
-        api_key=api_key(api_key_env),
+        api_keys=(keys[0], keys[-1]),
         hashes={path: hash_file(Path(path)) for path in prompts},
-        progress=_progress(),
     )
 
 
 def _progress() -> Callable[[str], None]:
-    """One line that changes on a terminal, else a line now and then."""
+    """One line that changes on a terminal, else lines."""
     on_terminal = sys.stderr.isatty()
-    told_s = -math.inf
 
     def tell(line: str) -> None:
-        nonlocal told_s
-        if on_terminal:
-            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
-        elif time.monotonic() - told_s >= PLAIN_LINES_S:
-            told_s = time.monotonic()
-            click.echo(line, err=True)
+        click.echo(f"\r\x1b[K{line}" if on_terminal else line, err=True, nl=not on_terminal)
 
     return tell
-
-
-def _print(path: Path, found: Figures) -> None:
-    if sys.stderr.isatty():
-        click.echo(err=True)  # the line of progress ends
-    click.echo(found.figures["overall"]["sentence"])
-    for problem in found.problems:
-        click.echo(f"not valid: {problem}")
-    click.echo(f"figures: {path / FIGURES}")
-    click.echo(f"page:    {path / PAGE}")

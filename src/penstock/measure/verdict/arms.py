@@ -26,11 +26,11 @@ class Arms:
         *,
         log_dir: Path,
         residency: str,
-        api_key: str | None = None,
+        api_keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.specs = specs
         self.residency = residency  # after the start `both` or `alternate`
-        self._log_dir, self._api_key = log_dir, api_key
+        self._log_dir, self._api_keys = log_dir, api_keys
         self._up: dict[int, tuple[Running, AsyncExitStack]] = {}
 
     async def start(self) -> tuple[Running, Running]:
@@ -59,8 +59,10 @@ class Arms:
 
     async def close(self) -> None:
         """End both."""
-        for role in list(self._up):
-            await self._end(role)
+        try:
+            await self._end(0)
+        finally:  # an arm that cannot be ended does not keep the other one
+            await self._end(1)
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,7 +85,7 @@ class Arms:
 
     async def _begin(self, role: int) -> Running:
         spec = self.specs[role]
-        more: dict[str, Any] = {"api_key": self._api_key} if spec.kind == URL else {}
+        more: dict[str, Any] = {"api_key": self._api_keys[role]} if spec.kind == URL else {}
         stack = AsyncExitStack()
         running = await stack.enter_async_context(launched(spec, log_dir=self._log_dir, **more))
         self._up[role] = (running, stack)

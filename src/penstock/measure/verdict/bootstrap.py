@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from penstock.measure.verdict.statistics import Floats, Interval, normal_quantile
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS, Floats, Interval, normal_quantile
 
 NUM_RESAMPLES = 10_000
+MOST_AT_ONCE = 2_000_000  # indices of units
 LEAST_BEYOND = 10  # values that must lie beyond a quantile before an interval of it says anything
 
 
@@ -36,8 +37,7 @@ def bca(
     every = np.arange(num_units)
     estimate = float(statistic(every[None])[0])
     values = _resampled(statistic, rng, num_units, num_resamples)
-    left_out = np.array([np.delete(every, unit) for unit in every])
-    parts = statistic(left_out)
+    parts = _left_out(statistic, every)
     away = parts.mean() - parts
     scale = float((away**2).sum()) ** 1.5
     acceleration = float((away**3).sum()) / (6 * scale) if scale > 0 else 0.0
@@ -121,12 +121,12 @@ def quantile_ratio(
         a, b: the values of each block, in the same order of blocks.
 
     Returns:
-        None where fewer than 10 values of an arm lie beyond the quantile, or with fewer than two
-        blocks: then it says nothing.
+        None where fewer than 10 values of an arm lie beyond the quantile, or with too few blocks:
+        then it says nothing.
     """
     arms = [[np.asarray(block, float) for block in arm] for arm in (a, b)]
     smallest = min(sum(len(block) for block in arm) for arm in arms)
-    if smallest * min(q, 1 - q) < LEAST_BEYOND - 1e-9 or len(a) < 2:
+    if smallest * min(q, 1 - q) < LEAST_BEYOND - 1e-9 or len(a) < FEWEST_BLOCKS:
         return None
     rng = np.random.default_rng(seed)
 
@@ -157,12 +157,23 @@ def _resampled(
     num_resamples: int,
 ) -> Floats:
     """In pieces, so that many units do not take much memory."""
-    piece = max(1, min(num_resamples, 2_000_000 // num_units))
+    piece = max(1, min(num_resamples, MOST_AT_ONCE // num_units))
     parts = []
     for start in range(0, num_resamples, piece):
         size = (min(piece, num_resamples - start), num_units)
         parts.append(statistic(rng.integers(num_units, size=size)))
     return np.concatenate(parts)
+
+
+def _left_out(statistic: Callable[[NDArray[np.int64]], Floats], every: NDArray[np.int64]) -> Floats:
+    """The statistic without each unit, in pieces: n² indices at once would be gigabytes."""
+    piece = max(1, MOST_AT_ONCE // len(every))
+    return np.concatenate(
+        [
+            statistic(np.array([np.delete(every, unit) for unit in every[start : start + piece]]))
+            for start in range(0, len(every), piece)
+        ]
+    )
 
 
 def _normal_cdf(z: float) -> float:

@@ -29,7 +29,7 @@ from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import Tokenizer, load_tokenizer
 from penstock.types import SamplingParams
 
-MOST_TOKENS = 1_024  # of a text: two arrays of [T, vocabulary] are held
+MOST_TOKENS = 1_024  # of a text: three float32 [T, vocabulary] are held
 
 
 class _Tap:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from penstock.measure.environment import busy_note
 from penstock.measure.records import Header, Mark, Record, Request
 from penstock.measure.verdict import divergence, power, quality, resources, rule, speed
+from penstock.measure.verdict import plan as plans
+from penstock.measure.verdict.plan import QUALITY, REPEAT
 from penstock.measure.verdict.power import Blocks
 from penstock.measure.verdict.rule import Axis, Rule
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS
+from penstock.measure.verdict.words import sentence
 
-QUALITY, REPEAT = "quality", "repeat"  # stages of graded rows: both arms, and the base again
 MOST_ERRORS = 0.01  # share of requests under load that may fail in a valid run
 LATE_S = 0.010  # median wait in the client that still counts as none
 
@@ -50,8 +54,11 @@ class Comparison:
         )
         self.pairs, self.notes = quality.pair(base, variant, tasks)
         self.repeats, _ = quality.pair(base, by_stage[REPEAT], tasks)
-        self.legs = speed.legs_of(self.rows, speed.SPEED)
-        self.noise = speed.legs_of(self.rows, speed.NOISE)
+        self.plan = plans.of_header(settings)
+        self.missing = plans.missing(self.plan, records, self.arms) if self.plan else {}
+        requests = self.plan.requests if self.plan else 1
+        self.legs = speed.legs_of(self.rows, speed.SPEED, requests)
+        self.noise = speed.legs_of(self.rows, speed.NOISE, requests)
         self.energy_of = resources.EnergyOf(header, records)
         self.units = resources.units(
             by_stage[QUALITY] or by_stage[speed.SPEED],
@@ -67,19 +74,35 @@ class Comparison:
         self.noise_joules, _ = resources.joules_per_token(
             self.noise, (self.arms[0], self.arms[0]), self.energy_of
         )
-        self.peaks = tuple(resources.peak_memory(records, arm) for arm in self.arms)
+        self.has_cost = resources.success_ratio(self.units, lambda unit: unit.usd) is not None
+        # Memory has no test.
+        self.num_axes = sum(map(bool, (self.pairs, self.legs, self.joules, self.has_cost)))
+        self.peaks = self._peaks(None)
+        alone = [
+            row.t_sent_ns
+            for row in self.rows
+            if row.stage in (REPEAT, speed.NOISE) and row.t_sent_ns is not None
+        ]
+        self.alike = self._peaks(min(alone)) if alone else None
+
+    def _peaks(self, end_ns: int | None) -> tuple[resources.Peak, resources.Peak]:
+        base, variant = (resources.peak_memory(self.records, arm, end_ns) for arm in self.arms)
+        return base, variant
 
     def axes(self) -> dict[str, Axis]:
         """The axes that there is data for, judged."""
-        has_cost = resources.success_ratio(self.units, lambda unit: unit.usd) is not None
-        tested = [bool(self.pairs), bool(self.legs), bool(self.joules), has_cost]
-        num_axes = sum(tested)
+        num_axes = self.num_axes
         made: list[Axis | None] = []
         if self.pairs:
-            made.append(quality.axis(self.pairs, self.repeats, self.rule, num_axes))
+            tasks = self.header.settings["tasks"]
+            scores = sorted({tasks[one.key[0]]["main_score"] for one in self.pairs})
+            made.append(quality.axis(self.pairs, self.repeats, self.rule, num_axes, scores))
         if self.legs:
             made.append(self.speed_axis(num_axes))
-        made.append(resources.memory_axis(self.peaks[0], self.peaks[1], self.rule))
+        if {QUALITY, speed.SPEED} & self.missing.keys():  # who was asked less needs less
+            made.append(rule.untold("memory", "not both were asked all"))
+        else:
+            made.append(resources.memory_axis(*self.peaks, self.alike, self.rule))
         if self.joules:
             made.append(
                 speed.ratio_axis(
@@ -92,9 +115,23 @@ class Comparison:
                     more_is_better=False,
                 )
             )
-        if has_cost:
+        if self.has_cost:
             made.append(resources.cost_axis(self.units, self.floor(), self.rule, num_axes))
-        return {axis.name: axis for axis in made if axis is not None}
+        found = {axis.name: axis for axis in made if axis is not None}
+        for name in self.rule.guard:
+            if name not in found and self.is_asked_for(name):
+                why = "; ".join(self.notes) if name == "quality" else ""
+                found[name] = rule.untold(name, why or "guarded, and not known of both arms")
+        return {name: found[name] for name in rule.AXES if name in found}
+
+    def is_asked_for(self, name: str) -> bool:
+        """Whether a guarded axis should be there: quality and speed are guarded unasked."""
+        settings = self.header.settings
+        if name == "quality":
+            return bool(settings.get("tasks"))
+        if name == "speed":
+            return bool(settings.get("load", {}).get("blocks"))
+        return True
 
     def speed_axis(self, num_axes: int) -> Axis:
         """The verdict on the speed-up by the primary metric: a ratio above 1 is faster."""
@@ -110,7 +147,7 @@ class Comparison:
     def floor(self) -> float:
         """Noise floor of what is paid for by time; 0 where tokens have a price."""
         noise = speed.pairs_of(self.noise, self.metric)
-        if len(noise) < 2 or any(row.usd is not None for row in self.rows):
+        if len(noise) < FEWEST_BLOCKS or any(row.usd is not None for row in self.rows):
             return 0.0
         logs = speed.effects(noise, more_is_better=True)
         blocks = Blocks(max(len(self.legs), 1), len(noise))
@@ -120,7 +157,7 @@ class Comparison:
         """All figures, as JSON has them."""
         axes = self.axes()
         verdict, because = rule.overall(axes, self.rule)
-        num_axes = sum(name != "memory" for name in axes)
+        num_axes = self.num_axes
         return {
             "arms": [{"name": arm.name, "target": arm.target} for arm in self.header.arms],
             "overall": {
@@ -128,7 +165,7 @@ class Comparison:
                 "because": because,
                 "sentence": sentence(verdict, because, axes, self.arms),
             },
-            "rule": rule.words(self.rule, list(axes)),
+            "rule": rule.words(self.rule, list(axes), num_axes),
             "num_axes": num_axes,
             "axes": axes,
             "quality": self.quality_figures(num_axes),
@@ -137,6 +174,7 @@ class Comparison:
             "energy": self.energy_figures(),
             "cost": self.cost_figures(),
             "divergence": divergence.figures(self.records),
+            "notes": self.remarks(),
             "failures": self.failures(),
         }
 
@@ -169,7 +207,7 @@ class Comparison:
             "blocks": speed.block_table(self.legs, self.is_open_loop),
             "noise": {"blocks": speed.block_table(self.noise, self.is_open_loop)},
         }
-        if len(noise) >= 2:
+        if len(noise) >= FEWEST_BLOCKS:
             logs = speed.effects(noise, more_is_better=True)
             spread = float(logs.std(ddof=1))
             blocks = Blocks(len(self.legs), len(noise))
@@ -181,7 +219,7 @@ class Comparison:
                 "power_5_percent_slower": power.speed_power(
                     math.log(0.95), spread, blocks, self.rule, num_axes, seed=self.seed
                 )["worse"]
-                if spread > 0
+                if spread > 0 and len(self.legs) >= FEWEST_BLOCKS
                 else None,
             }
         return made
@@ -229,6 +267,11 @@ class Comparison:
                     )
         return made
 
+    def remarks(self) -> list[str]:
+        """What a reader should know, and does not make the run invalid."""
+        told = busy_note(self.header.environment) if self.plan is not None else None
+        return [told] if told else []
+
     def problems(self) -> list[str]:
         """Why the comparison is not valid; empty: it is."""
         found = [
@@ -236,13 +279,20 @@ class Comparison:
             for record in self.records
             if isinstance(record, Mark) and record.name == "problem"
         ]
+        found += self.missing.values()
+        found += speed.unlike(self.legs, self.arms)
         for one in self.failures():
-            errors = sum(one["errors"].values())
+            errors = sum(num for name, num in one["errors"].items() if name != "cut")
             under_load = one["stage"] in (speed.SPEED, speed.NOISE)
             if under_load and errors > MOST_ERRORS * one["n"]:
                 found.append(
                     f"{errors} of {one['n']} requests of `{one['arm']}` failed in the part "
                     f"`{one['stage']}`: its speed is that of what was left"
+                )
+            elif not under_load and one["errors"].get("connect", 0) > MOST_ERRORS * one["n"]:
+                found.append(
+                    f"`{one['arm']}` could not be reached for {one['errors']['connect']} of "
+                    f"{one['n']} answers in the part `{one['stage']}`: that says nothing of quality"
                 )
         waits = sorted(
             (row.t_sent_ns - row.t_due_ns) * 1e-9
@@ -276,45 +326,3 @@ def _verdicts_if_equal(
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def sentence(
-    verdict: str, because: Sequence[str], axes: Mapping[str, Axis], arms: Sequence[str]
-) -> str:
-    """The verdict for somebody who reads one line."""
-    base, variant = arms
-    parts = [told for name in rule.AXES if name in axes and (told := tell(axes[name]))]
-    which = " and ".join(because)
-    begin = {
-        "better": f"`{variant}` is better than `{base}` ({which})",
-        "not worse": f"`{variant}` is not worse than `{base}`",
-        "worse": f"`{variant}` is worse than `{base}` ({which})",
-        "cannot tell": f"It cannot be told whether `{variant}` is worse than `{base}`"
-        + (f" ({which})" if which else ""),
-    }[verdict]
-    return f"{begin}: {'; '.join(parts)}." if parts else f"{begin}."
-
-
-def tell(axis: Axis) -> str:
-    """One axis in a few words."""
-    if axis.estimate is None:
-        return f"{axis.name}: {axis.verdict}" + missing(axis)
-    if axis.kind == "difference":
-        effect = f"{axis.estimate:+.1f} points"
-        between = f"{axis.low:+.1f} to {axis.high:+.1f}"
-    else:
-        effect, between = f"×{axis.estimate:.3g}", ""
-        if axis.low is not None and axis.high is not None:
-            between = f"{axis.low:.3g} to {axis.high:.3g}"
-    told = f"{axis.name} {effect.replace('-', '−')}"
-    told += f" ({between.replace('-', '−')})" if between else ""
-    return f"{told}: {axis.verdict}{missing(axis)}"
-
-
-def missing(axis: Axis) -> str:
-    """What to do where it cannot tell."""
-    if axis.verdict != "cannot tell":
-        return ""
-    if axis.num_more is None:
-        return ", and more of the same would not help"
-    return f": needs about {axis.num_more:,} more {axis.unit}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from penstock.measure.records import Header, Mark, Record
 from penstock.measure.report import page as report
 from penstock.measure.report import plots, tables, units
@@ -16,6 +18,7 @@ from penstock.measure.report.html import Html, element
 from penstock.measure.report.page import Section
 from penstock.measure.report.tables import Absent, Column
 from penstock.measure.verdict import figures as comparison
+from penstock.measure.verdict import rule, words
 from penstock.measure.verdict.page_load import resources_section, speed_sections
 
 MOST_TEXT = 600  # characters of an answer in the table of flips
@@ -42,6 +45,7 @@ def page(header: Header, figures: Mapping[str, Any], records: Sequence[Record]) 
         summary=[
             element("p", element("strong", f"{SIGNS[verdict]} {verdict}. "), overall["sentence"]),
             _tiles(figures),
+            *(element("p", note) for note in figures["notes"]),
         ],
         problems=comparison.Comparison(header, records).problems(),
     )
@@ -71,33 +75,21 @@ def _tile(title: str, axis: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if axis is None:
         return title, units.ABSENT, "not measured"
     between = _between(axis)
-    parts = [f"{SIGNS[axis['verdict']]} {axis['verdict']}", between and f"interval {between}"]
-    return title, _effect(axis), "; ".join(part for part in (*parts, _missing(axis)) if part)
+    told = f"{SIGNS[axis['verdict']]} {axis['verdict']}"
+    parts = (told, between and f"interval {between}", _missing(axis), axis.get("note"))
+    return title, _effect(axis), "; ".join(part for part in parts if part)
 
 
 def _effect(axis: Mapping[str, Any]) -> str:
-    value = axis.get("estimate")
-    if value is None:
-        return units.ABSENT
-    if axis["kind"] == "difference":
-        return f"{value:+.1f} points".replace("-", "−")
-    return f"×{units.number(float(value))}"
+    return words.effect(msgspec.convert(axis, rule.Axis)) or units.ABSENT
 
 
 def _between(axis: Mapping[str, Any]) -> str:
-    low, high = axis.get("low"), axis.get("high")
-    if low is None or high is None:
-        return ""
-    shape = "{:+.2f}" if axis["kind"] == "difference" else "{:.3g}"
-    return f"{shape.format(low)} to {shape.format(high)}".replace("-", "−")
+    return words.between(msgspec.convert(axis, rule.Axis))
 
 
 def _missing(axis: Mapping[str, Any]) -> str:
-    if axis["verdict"] != "cannot tell":
-        return ""
-    if axis.get("num_more") is None:
-        return "more of the same would not help"
-    return f"needs about {axis['num_more']:,} more {axis['unit']}"
+    return words.missing(msgspec.convert(axis, rule.Axis))
 
 
 def _verdict(figures: Mapping[str, Any]) -> Section:
@@ -116,8 +108,6 @@ def _verdict(figures: Mapping[str, Any]) -> Section:
                 if axis.get("floor") is None
                 else f"{axis['floor']:.2f} {'points' if axis['kind'] == 'difference' else '%'}",
                 axis.get("p"),
-                _missing(axis) or axis.get("note") or "",
-                axis["metric"],
             ]
         )
     level = next(
@@ -133,8 +123,6 @@ def _verdict(figures: Mapping[str, Any]) -> Section:
             "margin",
             Column("noise floor", help="what the base shows against itself"),
             Column("p", help="two-sided"),
-            "",
-            "metric",
         ],
         rows,
     )
@@ -142,12 +130,19 @@ def _verdict(figures: Mapping[str, Any]) -> Section:
         "The verdict",
         [
             table,
+            report.listing([_about(axis) for axis in figures["axes"].values()]),
             *_forests(figures, level),
             report.details(
                 "The rule, as it was set before the run", report.listing(figures["rule"])
             ),
         ],
     )
+
+
+def _about(axis: Mapping[str, Any]) -> str:
+    """What an axis is measured by, and what to know of it."""
+    told = f"{axis['name']}: {axis['metric']}"
+    return "; ".join(one for one in (told, _missing(axis), axis.get("note")) if one)
 
 
 def _scaled(axis: Mapping[str, Any], value: float) -> str:
@@ -282,22 +277,26 @@ def _flips(flips: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any]) -> lis
     rows = [
         [
             f"{row['task']}: {row['prompt_id']}",
-            "lost" if row["b"] < row["a"] else "won",
-            row["a"],
-            row["b"],
+            _shown(row.get("question")),
+            f"{'lost' if row['b'] < row['a'] else 'won'}: {row['a']:g} → {row['b']:g}",
             _answer(row, "a"),
             _answer(row, "b"),
         ]
         for row in flips
     ]
-    head = ["item", "", "base", "variant", "answer of the base", "answer of the variant"]
+    head = ["item", "question", "score", "answer of the base", "answer of the variant"]
     return [f"{len(flips)} of {total} are listed, losses first.", tables.table(head, rows)]
 
 
 def _answer(row: Mapping[str, Any], arm: str) -> Any:
     if row[f"error_{arm}"]:
         return f"error: {row[f'error_{arm}']}"
-    text = row[f"output_{arm}"] or ""
+    return _shown(row[f"output_{arm}"] or "")
+
+
+def _shown(text: str | None) -> Any:
+    if text is None:
+        return Absent("not kept")
     return report.code(text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + " …")
 
 

@@ -201,8 +201,8 @@ def _per_success(names: Sequence[str], cost: Mapping[str, Any], energy: Mapping[
                 name,
                 sums["num_asked"],
                 sums["num_success"],
-                _amount(usd, "usd", "no price"),
-                _amount(joules, "J", "no energy"),
+                _amount(usd, "usd", _why_none(sums, "usd", "no price, or not of every answer")),
+                _amount(joules, "J", _why_none(sums, "joules", "no energy")),
             ]
         )
     ratios = [found["per_success_ratio"] for found in (cost, energy)]
@@ -223,6 +223,12 @@ def _per_success(names: Sequence[str], cost: Mapping[str, Any], energy: Mapping[
         caption=f"Per successful answer: {cost['success']}; 95 % intervals by Fieller, ratios by "
         "leaving out blocks",
     )
+
+
+def _why_none(sums: Mapping[str, Any], name: str, unknown: str) -> str:
+    if sums[name] is None:
+        return unknown
+    return "too few blocks" if sums["num_success"] else "no success"
 
 
 def _amount(interval: Mapping[str, Any] | None, unit: str, why: str) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from penstock.measure.verdict import statistics
 from penstock.measure.verdict.rule import VERDICTS, Rule, Verdict, judge
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS
 
 POWER = 0.8  # that sample sizes aim at
 MOST = 10_000_000  # beyond, a sample size is no plan
@@ -61,7 +62,7 @@ class Blocks(NamedTuple):
     """What a comparison of blocks knows of its noise: sizes and standard deviations of logs."""
 
     num: int
-    num_noise: int  # blocks of the base against itself; 0: none were run
+    num_noise: int  # blocks of the base against itself; fewer than FEWEST_BLOCKS show no floor
 
 
 def noise_floor(mean: ArrayLike, sd: ArrayLike, blocks: Blocks) -> Any:
@@ -70,7 +71,7 @@ def noise_floor(mean: ArrayLike, sd: ArrayLike, blocks: Blocks) -> Any:
     The larger of what it did show (`mean`), and half the 95 % interval that its spread `sd` over
     the blocks of noise gives for `blocks.num` of them.
     """
-    if blocks.num_noise < 2:
+    if blocks.num_noise < FEWEST_BLOCKS:
         return np.zeros_like(np.asarray(mean, float))
     t = float(statistics.t_quantile(0.975, blocks.num_noise - 1))
     return np.maximum(np.abs(mean), t * np.asarray(sd) / math.sqrt(blocks.num))
@@ -110,7 +111,9 @@ def speed_power(
         means = centre + rng.standard_normal(num_draws) * sd / math.sqrt(num)
         return means, sd * np.sqrt(rng.chisquare(num - 1, num_draws) / (num - 1))
 
-    noise_means, noise_sds = drawn(0.0, blocks.num_noise) if blocks.num_noise > 1 else (0.0, 0.0)
+    noise_means, noise_sds = (
+        drawn(0.0, blocks.num_noise) if blocks.num_noise >= FEWEST_BLOCKS else (0.0, 0.0)
+    )
     floor = noise_floor(noise_means, noise_sds, blocks)
     means, spreads = drawn(effect, blocks.num)
     verdicts = judge_blocks(means, spreads, floor, blocks.num, rule, num_axes)

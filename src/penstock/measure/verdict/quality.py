@@ -20,6 +20,8 @@ from penstock.measure.verdict.rule import VERDICTS, Axis, Rule, judge
 from penstock.measure.verdict.statistics import Interval
 
 Key = tuple[str, str, int]
+NON_EMPTY = "non_empty"  # the score of prompts that have no reference
+UNGRADED = "only whether there is an answer, not whether it is right"
 MOST_FLIPS = 500  # that are listed with their texts
 
 
@@ -117,8 +119,9 @@ def test(pairs: Sequence[Pair], rule: Rule, num_axes: int) -> Test:
     """The difference of the variant from the base, tested as the pairs allow.
 
     Right and wrong answers that do not depend on one another: exact McNemar, Tango's interval.
-    Otherwise Student's interval with standard errors by cluster; where all differences are 0 there
-    is no spread to see, and clusters count as the pairs of a table.
+    Otherwise Student's interval with standard errors by cluster, and of few clusters that differ
+    also the exact test by flipping signs; where all differences are 0 there is no spread to see,
+    and clusters count as the pairs of a table.
     """
     level = 1 - rule.split(num_axes)
     differences = [one.b - one.a for one in pairs]
@@ -134,17 +137,25 @@ def test(pairs: Sequence[Pair], rule: Rule, num_axes: int) -> Test:
         return Test(interval, float(low), float(statistics.mcnemar(lost, won)), lost, won, is_table)
     interval = statistics.clustered_interval(differences, clusters, level)
     error, _ = statistics.clustered_error(differences, clusters)
-    quantile = float(statistics.t_quantile(1 - rule.alpha_not_worse, num_clusters - 1))
     p = float(statistics.t_p_value(interval.estimate / error, num_clusters - 1)) if error else 0.0
-    return Test(interval, interval.estimate - quantile * error, p, lost, won, is_table)
+    p = max(p, statistics.sign_flip_p(differences, clusters))
+    bound = statistics.clustered_bound(differences, clusters, 1 - rule.alpha_not_worse)
+    return Test(interval, bound, p, lost, won, is_table)
 
 
-def axis(pairs: Sequence[Pair], repeats: Sequence[Pair], rule: Rule, num_axes: int) -> Axis:
+def axis(
+    pairs: Sequence[Pair],
+    repeats: Sequence[Pair],
+    rule: Rule,
+    num_axes: int,
+    scores: Sequence[str] = (),
+) -> Axis:
     """The verdict on quality.
 
     Args:
         pairs: at least one.
         repeats: the base against itself.
+        scores: names of the main scores.
     """
     tested = test(pairs, rule, num_axes)
     floor = abs(_mean([one.b - one.a for one in repeats])) if repeats else 0.0
@@ -154,7 +165,8 @@ def axis(pairs: Sequence[Pair], repeats: Sequence[Pair], rule: Rule, num_axes: i
     return Axis(
         name="quality",
         verdict=verdict,
-        metric="share of right answers, or mean main score, over all items",
+        metric="share of right answers, or mean main score, over all items"
+        + (f" ({', '.join(scores)})" if scores else ""),
         kind="difference",
         estimate=100 * estimate,
         low=100 * tested.interval.low,
@@ -166,32 +178,52 @@ def axis(pairs: Sequence[Pair], repeats: Sequence[Pair], rule: Rule, num_axes: i
         p=tested.p,
         floor=100 * floor if repeats else None,
         method=("exact McNemar, " if tested.is_table else "") + tested.interval.method,
-        num_more=_num_more(pairs, tested, rule, num_axes) if verdict == "cannot tell" else None,
+        num_more=_num_more(pairs, repeats, tested, rule, num_axes)
+        if verdict == "cannot tell"
+        else None,
         unit="items",
+        note=UNGRADED if set(scores) == {NON_EMPTY} else "",
     )
 
 
-def _num_more(pairs: Sequence[Pair], tested: Test, rule: Rule, num_axes: int) -> int | None:
+def _num_more(
+    pairs: Sequence[Pair], repeats: Sequence[Pair], tested: Test, rule: Rule, num_axes: int
+) -> int | None:
     """Items that are missing for either claim, at the difference and spread seen so far."""
     num_pairs = len(pairs)
     differences = [one.b - one.a for one in pairs]
-    mean = _mean(differences)
+    mean, margin = _mean(differences), rule.max_drop / 100
     # Where nothing flipped yet, as if one pair had: no spread seen is not no spread.
     spread = max(math.fsum(value**2 for value in differences), 1.0) / num_pairs
     if not tested.is_table:  # items of a cluster tell less than single ones
         error, _ = statistics.clustered_error(differences, [one.cluster for one in pairs])
         spread = max(spread, error**2 * num_pairs) if math.isfinite(error) else spread
     wanted = [
-        power.items_needed(spread, abs(mean), rule.split(num_axes) / 2),
-        power.items_needed(spread, mean + rule.max_drop / 100, rule.alpha_not_worse),
+        (power.items_needed(spread, abs(mean), rule.split(num_axes) / 2), abs(mean)),
+        (power.items_needed(spread, mean + margin, rule.alpha_not_worse), margin),
     ]
-    there = [num for num in wanted if num is not None]
+    plans = [(num, _under_floor(repeats, limit)) for num, limit in wanted]
+    there = [max(one, two) for one, two in plans if one is not None and two is not None]
     return max(1, min(there) - num_pairs) if there else None
+
+
+def _under_floor(repeats: Sequence[Pair], limit: float) -> int | None:
+    """Items from which on the base's difference from itself is below `limit`.
+
+    It falls with their root if its flips go both ways; None if they do not, or nothing would help.
+    """
+    floor = abs(_mean([one.b - one.a for one in repeats]))
+    if floor < limit:
+        return 0
+    flips = [sum(one.b < one.a for one in repeats), sum(one.b > one.a for one in repeats)]
+    if limit <= 0 or float(statistics.mcnemar(*flips)) < 0.05:
+        return None
+    return math.ceil(len(repeats) * (floor / limit) ** 2) + 1
 
 
 def by_task(pairs: Sequence[Pair], rule: Rule) -> list[dict[str, Any]]:
     """Each task alone: scores, difference with its 95 % interval, p, and p adjusted (Holm)."""
-    alone = Rule(alpha=rule.alpha, max_drop=rule.max_drop)
+    alone = Rule(max_drop=rule.max_drop)
     rows = []
     for name in dict.fromkeys(one.key[0] for one in pairs):
         mine = [one for one in pairs if one.key[0] == name]
@@ -248,6 +280,12 @@ def summary(pairs: Sequence[Pair], rule: Rule, num_axes: int, seed: int) -> dict
 
 def flips(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """Pairs whose scores differ, losses first: what a reader looks at."""
+    questions = {  # the first row of an item has it
+        one.key[:2]: row.details["question"]
+        for one in pairs
+        for row in one.rows
+        if "question" in row.details
+    }
     changed = [one for one in pairs if one.a != one.b]
     changed.sort(key=lambda one: (one.b - one.a, one.key))
     return [
@@ -255,6 +293,7 @@ def flips(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             "task": one.key[0],
             "prompt_id": one.key[1],
             "repeat": one.key[2],
+            "question": questions.get(one.key[:2]),
             "a": one.a,
             "b": one.b,
             "output_a": one.rows[0].output,

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +24,8 @@ from penstock.measure.meters.series import phases
 from penstock.measure.records import Header, Mark, Record, Request, Sample
 from penstock.measure.verdict import statistics
 from penstock.measure.verdict.rule import VERDICTS, Axis, Rule, judge
-from penstock.measure.verdict.speed import Legs, Pairs, log_margin
-from penstock.measure.verdict.statistics import Interval
+from penstock.measure.verdict.speed import Legs, Pairs, log_margin, too_few
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS, Interval
 
 NUM_AROUND = 24  # samples before and after a window: more than one reading of all meters makes
 
@@ -45,34 +46,58 @@ class Peak(NamedTuple):
         return sum(known) if known else None
 
 
-def peak_memory(records: Sequence[Record], arm: str) -> Peak:
-    """Of the arm's tree of processes, over all samples."""
-    found = memory_figures(records, arm)
+def peak_memory(records: Sequence[Record], arm: str, end_ns: int | None = None) -> Peak:
+    """Of the arm's tree of processes, over all samples until then."""
+    found = memory_figures(records, arm, end_ns=end_ns)
     on_gpu = found["peak_gpu_bytes"] if found["gpu_bytes_of"] == "processes of the arm" else None
     host, high = found["peak_rss_bytes"], found["hwm_bytes"]
     return Peak(*(None if one is None else float(one) for one in (host, on_gpu, high)))
 
 
-def memory_axis(base: Peak, variant: Peak, rule: Rule) -> Axis | None:
-    """By the ratio of the peaks alone: one start of each is no sample."""
+def memory_axis(
+    base: Peak, variant: Peak, alike: tuple[Peak, Peak] | None, rule: Rule
+) -> Axis | None:
+    """By ratios of peaks alone: one start of each is no sample, and its spread is assumed.
+
+    Args:
+        base, variant: of the whole run.
+        alike: until the base is asked what the variant is not (again, and against itself). Many
+            servers grow with every request, so the whole run's peaks favour the variant; both must
+            say the same.
+    """
+    pairs = [pair for pair in (alike, (base, variant)) if pair is not None]
+    ratios = [_ratio_of(*pair) for pair in pairs]
+    if None in ratios or not ratios:
+        return None
+    known = [ratio for ratio in ratios if ratio is not None]
+    limit = log_margin(rule.memory_tolerance)
+    found = [
+        3 if math.log(ratio) < -limit else (1 if math.log(ratio) > limit else 2) for ratio in known
+    ]
+    is_clear = len(set(found)) == 1
+    return Axis(
+        name="memory",
+        verdict=VERDICTS[found[0] if is_clear else 0],
+        metric="peak of the arm's processes"
+        + (" (RSS)" if base.gpu_bytes is None else " (RSS and GPU)")
+        + (", while both were asked the same" if alike is not None else ""),
+        kind="ratio",
+        estimate=known[0],
+        margin=rule.memory_tolerance,
+        method="one peak each",
+        note="one start of each"
+        if is_clear
+        else "one start of each; of the whole run, in which the base is asked more, it is "
+        f"×{known[-1]:.3g}",
+    )
+
+
+def _ratio_of(base: Peak, variant: Peak) -> float | None:
     if not base.total_bytes or not variant.total_bytes:
         return None
     if (base.gpu_bytes is None) != (variant.gpu_bytes is None):
         return None
-    ratio = variant.total_bytes / base.total_bytes
-    limit = log_margin(rule)
-    name = 3 if math.log(ratio) < -limit else (1 if math.log(ratio) > limit else 2)
-    return Axis(
-        name="memory",
-        verdict=VERDICTS[name],
-        metric="peak of the arm's processes under the same load"
-        + (" (RSS)" if base.gpu_bytes is None else " (RSS and GPU)"),
-        kind="ratio",
-        estimate=ratio,
-        margin=rule.tolerance,
-        method="one peak each",
-        note="one start of each arm: no interval",
-    )
+    return variant.total_bytes / base.total_bytes
 
 
 class Window(NamedTuple):
@@ -209,7 +234,7 @@ def _unit(
     parts = [energy_of(arm, span).joules_gross for span in spans]
     known = [part for part in parts if part is not None]
     joules = math.fsum(known) if parts and len(known) == len(parts) else None
-    if any(row.usd is not None for row in rows):
+    if arm in header.prices or any(row.usd is not None for row in rows):
         each = [row.usd for row in rows]
         usd = None if None in each else math.fsum(value for value in each if value is not None)
     else:
@@ -258,7 +283,7 @@ def success_ratio(
             return math.inf
         return float(np.log(sums[1] / sums[0] * sums[2] / sums[3]))
 
-    return statistics.jackknife(log_ratio, len(pairs), confidence)
+    return statistics.jackknife(log_ratio, len(pairs), confidence).of_enough()
 
 
 def cost_axis(
@@ -273,6 +298,9 @@ def cost_axis(
     interval = success_ratio(pairs, lambda unit: unit.usd, level)
     if interval is None:
         return None
+    metric, unit = "US dollars per successful answer", "blocks of answers"
+    if len(pairs) < FEWEST_BLOCKS:
+        return msgspec.structs.replace(too_few("cost", metric, len(pairs), rule), unit=unit)
     loss = success_ratio(pairs, lambda unit: unit.usd, 1 - 2 * rule.alpha_not_worse)
     assert loss is not None
     is_known = math.isfinite(interval.low) and math.isfinite(interval.high)
@@ -280,12 +308,16 @@ def cost_axis(
     if is_known:
         significant = interval.low > 0 or interval.high < 0
         verdict = VERDICTS[
-            int(judge(-interval.estimate, significant, -loss.high, log_margin(rule), floor))
+            int(
+                judge(
+                    -interval.estimate, significant, -loss.high, log_margin(rule.tolerance), floor
+                )
+            )
         ]
     return Axis(
         name="cost",
         verdict=verdict,
-        metric="US dollars per successful answer",
+        metric=metric,
         kind="ratio",
         estimate=math.exp(interval.estimate),
         low=_exp(interval.low),
@@ -299,7 +331,7 @@ def cost_axis(
         num_more=_num_more(interval, len(pairs), rule, num_axes)
         if verdict == "cannot tell" and is_known
         else None,
-        unit="blocks of answers",
+        unit=unit,
         note="" if is_known else "a block holds all successes",
     )
 
@@ -311,7 +343,9 @@ def _num_more(interval: Interval, num: int, rule: Rule, num_axes: int) -> int | 
     sd = half / float(statistics.half_width(1.0, num, interval.confidence))
     wanted = [
         power.blocks_needed(sd, abs(interval.estimate), rule.split(num_axes) / 2),
-        power.blocks_needed(sd, log_margin(rule) - interval.estimate, rule.alpha_not_worse),
+        power.blocks_needed(
+            sd, log_margin(rule.tolerance) - interval.estimate, rule.alpha_not_worse
+        ),
     ]
     there = [one for one in wanted if one is not None]
     return max(1, min(there) - num) if there else None
@@ -331,7 +365,7 @@ def arm_sums(pairs: Sequence[tuple[Unit, Unit]], role: int) -> dict[str, Any]:
         is_known = bool(values) and None not in values
         made[name] = math.fsum(values) if is_known else None
         made[f"{name}_per_success"] = None
-        if is_known and any(successes) and len(mine) > 1:
+        if is_known and any(successes) and len(mine) >= FEWEST_BLOCKS:
             made[f"{name}_per_success"] = statistics.fieller(values, successes)
     return made
 

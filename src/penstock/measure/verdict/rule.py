@@ -17,18 +17,24 @@ from numpy.typing import ArrayLike
 Verdict = Literal["better", "not worse", "worse", "cannot tell"]
 VERDICTS: tuple[Verdict, ...] = ("cannot tell", "worse", "not worse", "better")
 AXES = ("quality", "speed", "memory", "energy", "cost")
+MEMORY_SPREAD = 10.0  # per cent by which peaks of two starts of one thing may differ
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`settings["rule"]` of a run: what was decided before the first request was sent."""
 
     max_drop: float = 1.0  # points of quality (100 is all right) that may be lost
-    tolerance: float = 2.0  # per cent by which speed, memory, energy, cost may be worse
+    tolerance: float = 2.0  # per cent by which speed, energy, cost may be worse
     min_speedup: float | None = None  # else the overall verdict is not `better`
     guard: tuple[str, ...] = ("quality", "speed")  # axes that may not be worse
     alpha: float = 0.05
     num_looks: int = 1  # how often the data may be looked at
     success_at: float = 0.5  # a score from which on an answer is a success
+
+    @property
+    def memory_tolerance(self) -> float:
+        """Per cent; one start of each arm shows no spread, so it is assumed."""
+        return max(self.tolerance, MEMORY_SPREAD)
 
     def split(self, num_axes: int) -> float:
         """Level of a claim `better` or `worse`: of one axis, at one look (Bonferroni)."""
@@ -99,6 +105,8 @@ def overall(axes: Mapping[str, Axis], rule: Rule) -> tuple[Verdict, list[str]]:
     if not guarded:
         return "cannot tell", []
     gains = [axis.name for axis in axes.values() if axis.verdict == "better"]
+    if any(axis.verdict == "worse" for axis in axes.values()):
+        gains = []  # what is faster and dearer is a trade, which is not ours to make
     speed = axes.get("speed")
     if rule.min_speedup is not None:
         reached = (
@@ -108,17 +116,22 @@ def overall(axes: Mapping[str, Axis], rule: Rule) -> tuple[Verdict, list[str]]:
     return ("better", gains) if gains else ("not worse", [axis.name for axis in guarded])
 
 
-def words(rule: Rule, axes: Sequence[str]) -> list[str]:
-    """The rule in sentences."""
-    tested = [name for name in axes if name != "memory"]
+def untold(name: str, note: str) -> Axis:
+    """An axis that was asked for and could not be measured: it cannot be told."""
+    kind: Literal["difference", "ratio"] = "difference" if name == "quality" else "ratio"
+    return Axis(name=name, verdict="cannot tell", metric="not measured", kind=kind, note=note)
+
+
+def words(rule: Rule, axes: Sequence[str], num_axes: int) -> list[str]:
+    """The rule in sentences; `num_axes` of the axes are tested."""
     guard = [name for name in rule.guard if name in axes]
-    level = 100 * (1 - rule.split(len(tested)))
+    level = 100 * (1 - rule.split(num_axes))
     lines = [
         f"An axis is `better` or `worse` if the {level:.4g} % interval of its effect leaves out "
         "`no difference` (for right and wrong answers: if the exact McNemar test rejects it at the "
         "same level) and the effect is larger than the noise floor, which the base shows against "
         "itself. "
-        f"{100 * rule.alpha:g} % is divided by {len(tested)} tested axes"
+        f"{100 * rule.alpha:g} % is divided by {num_axes} tested axes"
         + (f" and {rule.num_looks} planned looks (Bonferroni)" if rule.num_looks > 1 else "")
         + ": so often may any such claim be false, all of them together.",
         f"It is `not worse` if a loss of {rule.max_drop:g} points of quality, or of "
@@ -127,12 +140,14 @@ def words(rule: Rule, axes: Sequence[str]) -> list[str]:
         "a loss that is certain but certainly within the margin is `not worse` too.",
         "Anything else is `cannot tell`, with the number of items or blocks that are missing.",
         f"Overall: `worse` if one of {', '.join(guard) or 'no axis'} is worse, `cannot tell` if "
-        "one of them cannot be told, `better` if none of them is worse and any axis is better, "
-        "else `not worse`.",
+        "one of them cannot be told (or was asked for and could not be measured), `better` if no "
+        "axis at all is worse and any is better, else `not worse`.",
     ]
     if "memory" in axes:
         lines.append(
-            f"Memory is a peak, not a sample: `better` or `worse` beyond {rule.tolerance:g} %."
+            "Memory is one peak of one start of each arm, which has no spread: `better` or `worse` "
+            f"only beyond {rule.memory_tolerance:g} %, which covers what two starts of the same "
+            "arm differ by; else `not worse`."
         )
     if rule.min_speedup is not None:
         lines.append(

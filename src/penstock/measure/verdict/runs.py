@@ -14,8 +14,10 @@ from penstock.errors import ConfigError
 from penstock.measure import kinds
 from penstock.measure.records import Arm, Request
 from penstock.measure.run import Figures, Run, Writer, new_header
-from penstock.measure.verdict.figures import QUALITY
+from penstock.measure.verdict.plan import QUALITY
 from penstock.measure.verdict.settings import RuleSettings
+
+NUM_BLOCKS = 20  # of items: the cost of tokens has its interval by leaving out one after the other
 
 
 def compare_runs(
@@ -45,11 +47,24 @@ def compare_runs(
         hashes={f"run {run.header.run_id}": run.records_sha256 for run in runs},
     )
     with Writer(header, directory) as writer:
+        for run in runs:
+            for problem in _problems(run):
+                writer.mark("problem", message=f"`{run.header.run_id}`: {problem}")
+        places: dict[tuple[str, str], int] = {}
         for role, (run, arm) in enumerate(zip(runs, arms, strict=True)):
             for row in run.requests:
                 if row.task in shared:
-                    writer.add(_copied(row, arm.name, role))
+                    place = places.setdefault((row.task, row.prompt_id), len(places))
+                    writer.add(_copied(row, arm.name, role, place % NUM_BLOCKS))
     return writer.path, kinds.finish(writer.path)
+
+
+def _problems(run: Run) -> list[str]:
+    """Why a finished run is not valid, which makes the comparison not valid either."""
+    made = run.figures()
+    if made is None:
+        return ["the run came to no end"]
+    return made.problems
 
 
 def _arm(run: Run) -> Arm:
@@ -64,7 +79,7 @@ def _arm(run: Run) -> Arm:
     return header.arms[0]
 
 
-def _copied(row: Request, arm: str, role: int) -> Request:
-    row.stage, row.arm, row.block = QUALITY, arm, 0
+def _copied(row: Request, arm: str, role: int, block: int) -> Request:
+    row.stage, row.arm, row.block = QUALITY, arm, block
     row.details = row.details | {"role": role, "slot": 0}
     return row

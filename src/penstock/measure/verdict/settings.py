@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from penstock.errors import ConfigError
 from penstock.measure.verdict import design
-from penstock.measure.verdict.rule import AXES, Rule
+from penstock.measure.verdict.rule import AXES, MEMORY_SPREAD, Rule
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS
+
+CONCURRENCY = 4
 
 
 def _option(default: Any, told: str, **more: Any) -> Any:
@@ -20,7 +24,9 @@ class RuleSettings:
 
     max_drop: float = _option(1.0, "Points of quality (of 100) that may be lost.")
     tolerance: float = _option(
-        2.0, "Per cent by which speed, memory, energy and cost may be worse."
+        2.0,
+        "Per cent by which speed, energy and cost may be worse; memory, of one start each, by at "
+        f"least {MEMORY_SPREAD:g}.",
     )
     min_speedup: float | None = _option(None, "Overall `better` only from this speed-up on: 1.2.")
     guard: tuple[str, ...] = _option(
@@ -42,6 +48,7 @@ class RuleSettings:
             ("tolerance", 0, 99),
             ("alpha", 1e-9, 0.5),
             ("min_speedup", 0, 1e9),
+            ("success_at", 0, 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -65,22 +72,30 @@ class LoadSettings:
 
     limit: int | None = _option(None, "Items of each task; default: all.")
     chunks: int = _option(8, "Parts of the items that are asked of both arms in turn.")
-    blocks: int = _option(6, "Interleaved blocks (A B B A) under load; 0: no speed is compared.")
+    blocks: int = _option(
+        6,
+        "Interleaved blocks (A B B A) under load; 0: no speed is compared. Fewer than "
+        f"{FEWEST_BLOCKS} cannot tell anything.",
+    )
     max_blocks: int | None = _option(
         None, "Go on up to so many blocks while speed cannot be told; looks are paid for."
     )
-    noise_blocks: int = _option(4, "Blocks of A against itself, for the noise floor.")
-    requests: int = _option(16, "Requests in each leg of a block.")
-    concurrency: int = _option(4, "Requests at the same time.")
-    request_rate: float | None = _option(
-        None, "Requests a second on a schedule (Poisson) instead of a fixed concurrency."
+    noise_blocks: int = _option(
+        4, f"Blocks of A against itself, for the noise floor: 0, or at least {FEWEST_BLOCKS}."
     )
-    output_tokens: int = _option(64, "Tokens of each answer under load, exactly.")
-    input_tokens: int | None = _option(
+    requests: int = _option(16, "Requests in each leg of a block.")
+    concurrency: int | None = _option(
+        None, f"Closed loop, and items: requests at the same time. Default: {CONCURRENCY}."
+    )
+    request_rate: float | None = _option(
+        None, "Open loop: requests a second on a schedule (Poisson) instead of --concurrency."
+    )
+    random_output_len: int = _option(64, "Tokens of each answer under load, exactly.")
+    random_input_len: int | None = _option(
         None, "Load with made-up prompts of this length; default: the items' prompts."
     )
-    warmup: int = _option(2, "Requests before each leg that are not measured.")
-    idle_s: float = _option(3.0, "Seconds of rest whose energy is subtracted.")
+    num_warmups: int = _option(2, "Requests before each leg that are not measured.")
+    idle: float = _option(3.0, "Seconds of rest whose energy is subtracted.")
     residency: str = _option(
         "auto",
         "Whether both arms stay loaded, or one is started when the other has ended.",
@@ -105,26 +120,42 @@ class LoadSettings:
             ("noise_blocks", 0),
             ("requests", 1),
             ("concurrency", 1),
-            ("output_tokens", 1),
-            ("input_tokens", 1),
-            ("warmup", 0),
-            ("idle_s", 0),
+            ("random_output_len", 1),
+            ("random_input_len", 1),
+            ("num_warmups", 0),
+            ("idle", 0),
             ("divergence_tokens", 0),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and not low <= value < math.inf:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"`--{flag}` is `{value}`; it must be at least {low}.")
         if self.blocks == 1:
             raise ConfigError("`--blocks` is `1`; one block has no spread: at least 2, or 0.")
-        if self.noise_blocks == 1:
-            raise ConfigError("`--noise-blocks` is `1`; it must be 0, or at least 2.")
-        if self.request_rate is not None and not self.request_rate > 0:
+        if self.max_blocks is not None and not self.blocks:
+            raise ConfigError(f"`--max-blocks` is `{self.max_blocks}`, and `--blocks` is `0`.")
+        if 0 < self.noise_blocks < FEWEST_BLOCKS:
+            raise ConfigError(
+                f"`--noise-blocks` is `{self.noise_blocks}`; it must be 0, or at least "
+                f"{FEWEST_BLOCKS}: fewer show no noise floor."
+            )
+        if self.request_rate is not None and not 0 < self.request_rate < math.inf:
             raise ConfigError(f"`--request-rate` is `{self.request_rate}`; it must be above 0.")
+        if self.request_rate is not None and self.concurrency is not None:
+            raise ConfigError("`--request-rate` and `--concurrency` exclude one another.")
         if self.max_blocks is not None and self.max_blocks < self.blocks:
             raise ConfigError(
                 f"`--max-blocks` is `{self.max_blocks}`, less than `--blocks {self.blocks}`."
             )
+
+    @property
+    def clients(self) -> int:
+        """Requests at the same time, but those of an open loop."""
+        return self.concurrency or CONCURRENCY
+
+    def as_facts(self) -> dict[str, Any]:
+        """For the header: what was said, and what follows from it."""
+        return asdict(self) | {"concurrency": self.clients}
 
     @property
     def looks(self) -> list[int]:

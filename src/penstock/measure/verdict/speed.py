@@ -20,24 +20,32 @@ from penstock.measure.verdict import power, statistics
 from penstock.measure.verdict.bootstrap import log_ratio, quantile_ratio
 from penstock.measure.verdict.power import Blocks
 from penstock.measure.verdict.rule import VERDICTS, Axis, Rule
+from penstock.measure.verdict.statistics import FEWEST_BLOCKS
 
 SPEED, NOISE = "speed", "noise"  # stages of rows
 THROUGHPUT = "output_tokens_per_s"
 QUANTILES = (0.5, 0.95, 0.99)
+MOST_UNLIKE = 0.05  # share by which mean lengths of answers under load may differ
 Legs = dict[int, dict[int, dict[int, list[Request]]]]  # by block, role, slot
 Pairs = list[tuple[float, float]]  # of a block: base, variant
 
 
-def legs_of(rows: Iterable[Request], stage: str) -> Legs:
-    """The measured requests of a stage; blocks that not both halves finished are left out."""
+def legs_of(rows: Iterable[Request], stage: str, requests: int = 1) -> Legs:
+    """The measured requests of a stage; blocks with a leg that was cut are left out.
+
+    Args:
+        requests: that a whole leg has.
+    """
     found: Legs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
-        if row.stage == stage and row.phase == "steady":
+        if row.stage == stage and row.phase == "steady" and row.error_class != "cut":
             found[row.block][int(row.details["role"])][int(row.details["slot"])].append(row)
     return {
         block: roles
         for block, roles in sorted(found.items())
-        if len(roles) == 2 and all(len(slots) == 2 for slots in roles.values())
+        if len(roles) == 2
+        and all(len(slots) == 2 for slots in roles.values())
+        and all(len(leg) >= requests for slots in roles.values() for leg in slots.values())
     }
 
 
@@ -85,6 +93,33 @@ def primary(is_open_loop: bool) -> str:
     return "e2e_from_due_s" if is_open_loop else THROUGHPUT
 
 
+def unlike(legs: Legs, arms: tuple[str, str]) -> list[str]:
+    """Why answers of both arms under load are not the same work: lengths, who counted the tokens.
+
+    Both were asked for answers of one fixed length; not every server can do that.
+    """
+    found = []
+    both = [
+        [row for roles in legs.values() for rows in roles[role].values() for row in rows if row.ok]
+        for role in (0, 1)
+    ]
+    if not all(both):
+        return []
+    lengths = [math.fsum(row.n_out or 0 for row in rows) / len(rows) for rows in both]
+    if abs(lengths[1] - lengths[0]) > MOST_UNLIKE * max(lengths):
+        found.append(
+            f"answers under load are not of one length: {lengths[0]:.4g} tokens of `{arms[0]}` and "
+            f"{lengths[1]:.4g} of `{arms[1]}` on average, so their times are of different work"
+        )
+    sources = [{row.count_source for row in rows} for rows in both]
+    if sources[0] != sources[1]:
+        told = [", ".join(sorted(one)) for one in sources]
+        found.append(
+            f"tokens were counted by `{told[0]}` in `{arms[0]}`, `{told[1]}` in `{arms[1]}`"
+        )
+    return found
+
+
 def pairs_of(legs: Legs, name: str) -> Pairs:
     """Of each block the value of both halves, where both have one."""
     value = output_tokens_per_s if name == THROUGHPUT else mean_of(name)
@@ -102,9 +137,9 @@ def effects(pairs: Pairs, *, more_is_better: bool) -> Any:
     return logs if more_is_better else -logs
 
 
-def log_margin(rule: Rule) -> float:
-    """The tolerance on the log scale."""
-    return -math.log1p(-rule.tolerance / 100)
+def log_margin(tolerance: float) -> float:
+    """A tolerance in per cent on the log scale."""
+    return -math.log1p(-tolerance / 100)
 
 
 def ratio_axis(
@@ -123,8 +158,8 @@ def ratio_axis(
         pairs: values of both arms, by block.
         noise: the same of the base against itself.
     """
-    if len(pairs) < 2:
-        return _too_few(name, metric, len(pairs), rule)
+    if len(pairs) < FEWEST_BLOCKS:
+        return too_few(name, metric, len(pairs), rule)
     logs = effects(pairs, more_is_better=more_is_better)
     mean, sd = float(logs.mean()), float(logs.std(ddof=1))
     blocks = Blocks(len(pairs), len(noise))
@@ -148,7 +183,7 @@ def ratio_axis(
         bound_confidence=1 - rule.alpha_not_worse,
         margin=rule.tolerance,
         p=p_of(mean, sd, len(pairs)),
-        floor=100 * math.expm1(floor) if blocks.num_noise >= 2 else None,
+        floor=100 * math.expm1(floor) if blocks.num_noise >= FEWEST_BLOCKS else None,
         method="t of log ratios of blocks",
         num_more=(
             _num_more(mean, sd, floor, noise_sd, blocks, rule, num_axes)
@@ -156,25 +191,31 @@ def ratio_axis(
             else None
         ),
         unit="blocks",
+        note=(
+            "significant, but below the noise floor"
+            if verdict == "cannot tell" and (interval.low > 0 or interval.high < 0)
+            else ""
+        ),
     )
 
 
-def _too_few(name: str, metric: str, num: int, rule: Rule) -> Axis:
+def too_few(name: str, metric: str, num: int, rule: Rule) -> Axis:
+    """An axis of so few blocks that its interval would say nothing."""
     return Axis(
         name=name,
         verdict="cannot tell",
         metric=metric,
         kind="ratio",
         margin=rule.tolerance,
-        num_more=2 - num,
+        num_more=FEWEST_BLOCKS - num,
         unit="blocks",
-        note="fewer than two whole blocks",
+        note=f"too few blocks to tell: {num} of at least {FEWEST_BLOCKS}",
     )
 
 
 def _floor(noise: Pairs, blocks: Blocks) -> tuple[float, float]:
     """The noise floor on the log scale, and the spread of the base against itself."""
-    if blocks.num_noise < 2:
+    if blocks.num_noise < FEWEST_BLOCKS:
         return 0.0, 0.0
     logs = effects(noise, more_is_better=True)  # either sign: a floor has none
     sd = float(logs.std(ddof=1))
@@ -216,8 +257,8 @@ def _num_more(
     plans = [
         (power.blocks_needed(sd, abs(mean), rule.split(num_axes) / 2), under(abs(mean))),
         (
-            power.blocks_needed(sd, mean + log_margin(rule), rule.alpha_not_worse),
-            under(log_margin(rule)),
+            power.blocks_needed(sd, mean + log_margin(rule.tolerance), rule.alpha_not_worse),
+            under(log_margin(rule.tolerance)),
         ),
     ]
     wanted = [max(one, two) for one, two in plans if one is not None and two is not None]
@@ -242,8 +283,8 @@ def compared(legs: Legs, is_open_loop: bool, seed: int) -> list[dict[str, Any]]:
             "metric": name,
             "a": _mean(base),
             "b": _mean(variant),
-            "ratio": statistics.mean_interval(logs).map(_exp),
-            "bootstrap": log_ratio(base, variant, seed=seed).map(_exp),
+            "ratio": statistics.mean_interval(logs).map(_exp).of_enough(),
+            "bootstrap": log_ratio(base, variant, seed=seed).map(_exp).of_enough(),
             "cv_a": _cv(base),
             "cv_b": _cv(variant),
             "p": p_of(float(logs.mean()), float(logs.std(ddof=1)), len(pairs)),
