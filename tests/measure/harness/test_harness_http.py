@@ -27,19 +27,21 @@ SERVE = "from penstock.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`penstock serve brook` in float32 on a free port of loopback."""
     command = [sys.executable, "-c", SERVE, "serve", "brook", "--json", "--port", "0"]
-    child = subprocess.Popen(
-        [*command, "--dtype", "float32"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    log = tmp_path_factory.mktemp("served") / "log"
+    with log.open("w") as stderr:  # a pipe that nobody reads fills up, and the server waits
+        child = subprocess.Popen(
+            [*command, "--dtype", "float32"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     assert child.stdout is not None
     line = child.stdout.readline()
-    assert line, child.communicate()[1]
+    assert line, log.read_text()
     yield json.loads(line)["url"]
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=30)
