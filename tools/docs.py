@@ -296,6 +296,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "peers": ("README.md", peers),
     "gpu": ("docs/gpu-benchmarks.md", gpu),
     "measuring": ("docs/measure/client.md", measuring),
+    "verdicts": ("README.md", verdicts),
 }
 
 
