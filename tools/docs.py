@@ -297,6 +297,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "gpu": ("docs/gpu-benchmarks.md", gpu),
     "measuring": ("docs/measure/client.md", measuring),
     "verdicts": ("README.md", verdicts),
+    "engines": ("README.md", engines),
 }
 
 
