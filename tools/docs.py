@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,10 @@ def measuring() -> str:
             cells.append(f"{queue['p50']:.2f} / {queue['p99']:.2f} ms")
         lines.append(f"| late at {rate:,} requests/s (median / p99) | {' | '.join(cells)} |")
     errors = [
-        " / ".join(f"{_middle([run[mark] for run in row['timer_error_ms']]):.2f}" for mark in MARKS)
+        " / ".join(
+            f"{statistics.median(run[mark] for run in row['timer_error_ms']):.2f}"
+            for mark in ("p50", "p99")
+        )
         for row in rows.values()
     ]
     cells = [f"{error} ms" for error in errors]
@@ -138,13 +142,6 @@ def measuring() -> str:
     cells = [f"{cost:.0f} us; {ratio:.1f}x" for cost, ratio in zip(costs, ratios, strict=True)]
     lines.append(f"| CPU time of a short streamed answer; httpx takes | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-MARKS = ("p50", "p99")
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def verdicts() -> str:
@@ -158,8 +155,7 @@ def verdicts() -> str:
 
 def engines() -> str:
     """Our server beside other engines' over HTTP: results/engines.json."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from penstock.measure.report.units import quantity
+    from penstock.measure.engines.page import cell_text
 
     figures = _load("engines")["figures"]
     names = list(figures["arms"])
@@ -167,13 +163,10 @@ def engines() -> str:
     for row in figures["rows"]:
         if row["figure"] not in SHOWN_OF_ENGINES:
             continue
-        cells = []
-        for name in names:
-            cell = row["arms"][name]
-            told = "-" if cell is None else quantity(cell["median"], row["unit"])
-            if cell is not None and name != figures["first"] and cell["ratio"] is not None:
-                told += f" ({cell['ratio']:.2f}x)"
-            cells.append(told)
+        cells = [
+            cell_text(row["arms"][name], row["unit"], is_first=name == figures["first"])
+            for name in names
+        ]
         what = f"{row['stage']}: {SHOWN_OF_ENGINES[row['figure']]}"
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)

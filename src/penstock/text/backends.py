@@ -91,10 +91,7 @@ def loading(path: Path, kind: str = "tokenizer file") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_failure(error):
-            raise
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise ModelLoadError(f"`{path}` is no {kind}: {reason}.") from error
+        raise ModelLoadError(f"`{path}` is no {kind}: {_reason(error)}.") from error
 
 
 @contextmanager
@@ -107,20 +104,21 @@ def encoding() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_failure(error):
-            raise
-        reason = str(error).strip().rstrip(".") or type(error).__name__
         raise InvalidField(
-            f"The tokenizer cannot encode the text: {reason}.", field="prompt"
+            f"The tokenizer cannot encode the text: {_reason(error)}.", field="prompt"
         ) from error
 
 
-def _is_failure(error: BaseException) -> bool:
-    """The libraries raise nothing narrower than Exception, and where their Rust code gives up,
-    something that is not even that."""
-    if isinstance(error, ModelLoadError):
-        return False
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+def _reason(error: BaseException) -> str:
+    """What a library says; an error that is none of its failures is raised again.
+
+    The libraries raise nothing narrower than Exception, and where their Rust code gives up,
+    something that is not even that.
+    """
+    is_panic = type(error).__name__ == "PanicException"
+    if isinstance(error, ModelLoadError) or not (is_panic or isinstance(error, Exception)):
+        raise error
+    return str(error).strip().rstrip(".") or type(error).__name__
 
 
 class HuggingFaceBackend:

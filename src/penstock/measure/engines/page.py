@@ -181,6 +181,16 @@ def _notes(header: Header, figures: Mapping[str, Any]) -> pages.Section:
     return pages.Section("What was asked, and how it was counted", parts)
 
 
+def cell_text(cell: Mapping[str, Any] | None, unit: str, *, is_first: bool) -> str:
+    """An arm's figure in a row: its median, and its ratio to the first arm's."""
+    if cell is None:
+        return "-"
+    told = quantity(cell["median"], unit)
+    if is_first or cell["ratio"] is None:
+        return told
+    return f"{told} ({cell['ratio']:.2f}x)"
+
+
 def text_table(figures: Mapping[str, Any]) -> str:
     """The figures for a terminal: a line for each, a column for each arm, ratios to the first."""
     names, first = list(figures["arms"]), figures["first"]
@@ -191,14 +201,7 @@ def text_table(figures: Mapping[str, Any]) -> str:
     for row in figures["rows"]:
         cells = []
         for name in names:
-            cell = row["arms"][name]
-            if cell is None:
-                cells.append("-")
-                continue
-            told = quantity(cell["median"], row["unit"])
-            if name != first and cell["ratio"] is not None:
-                told += f" ({cell['ratio']:.2f}x)"
-            cells.append(told)
+            cells.append(cell_text(row["arms"][name], row["unit"], is_first=name == first))
         lines.append([row["stage"], row["figure"], *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     made = [

@@ -96,11 +96,6 @@ def seconds(value: float | None) -> str:
     return quantity(value, "s")
 
 
-def size_bytes(value: float | None) -> str:
-    """`1.50 GiB`."""
-    return quantity(value, "bytes")
-
-
 def joules(value: float | None) -> str:
     """`12.5 kJ`."""
     return quantity(value, "J")

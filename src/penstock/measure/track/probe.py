@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from penstock.measure.load.target import Ask, Target
+from penstock.measure.load.words import WORDS
 from penstock.measure.records import Clock, Request
 from penstock.measure.track.config import Probe
 
@@ -30,15 +31,6 @@ CANARIES = (
     "What would you take to a lonely island? Answer with one word.",
     "Give a name to a dog. Answer with one word.",
 )
-_WORDS = """
-    amber anchor april arrow basin beacon birch border branch bridge bronze candle canyon carbon
-    castle cedar cellar chalk circle cliff clover cobalt comet copper coral cotton crane crystal
-    delta desert dome ember engine falcon fern field flint forest garden glacier granite harbor
-    hazel hollow island ivory jasmine juniper kettle ladder lantern lemon linen maple marble
-    meadow mirror needle nickel oasis olive onyx orchard paper pearl pepper pine planet plaza
-    pollen prairie quartz quiver raven ribbon river saddle saffron salmon shadow silver spruce
-    stable stone summit thunder timber tulip tunnel valley velvet violet walnut willow winter
-""".split()  # noqa: SIM905
 _TOKENS_A_WORD = 1.35  # of plain English in today's tokenizers; what counts is the usage
 
 Write = Callable[[Request], None]
@@ -50,7 +42,7 @@ def speed_asks(num: int, input_tokens: int, output_tokens: int, seed: str) -> li
     for number in range(num):
         rng = random.Random(f"{seed}/{input_tokens}/{output_tokens}/{number}")
         num_words = max(1, round(input_tokens / _TOKENS_A_WORD) - 12)
-        words = " ".join(rng.choice(_WORDS) for _ in range(num_words))
+        words = " ".join(rng.choice(WORDS) for _ in range(num_words))
         asks.append(
             Ask(
                 prompt_id=f"{seed}/{input_tokens}-{output_tokens}/{number}",
