@@ -2,12 +2,10 @@
 // time of a step, and the share of the roofline max(bytes / memory, products / peak) that was
 // measured in the same process.
 //
-//   native_bench [--threads N] [--rows 1,4,16] [--formats bf16,int8,...] [--shape up|down|head]
+//   native_bench [--threads N] [--rows 1,4,16] [--formats bf16,int8,...] [--shape up|down|square|head]
 //                [--isa NAME] [--repeats N] [--small-pages] [--cpu-time]
 //
 // --cpu-time, with one thread: seconds of work instead of the clock's, where others use the machine.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -27,12 +25,22 @@ using penstock::kAlignment;
 struct Format {
     const char* name;
     int32_t dtype, group_size, activation_bits;
+    int32_t code = 0, scale_format = 0, has_minima = 0;  // of codes
 };
 
 const Format kFormats[] = {
     {"f32", PENSTOCK_F32, 0, 16},        {"bf16", PENSTOCK_BF16, 0, 16},      {"int8", PENSTOCK_INT8, 0, 8},
     {"int4", PENSTOCK_INT4, 128, 8},     {"int4g32", PENSTOCK_INT4, 32, 8},   {"w8a16", PENSTOCK_INT8, 0, 16},
     {"w4a16", PENSTOCK_INT4, 128, 16},
+    // As checkpoints have them; the product is in the format of x, bf16 here.
+    {"q4_0", PENSTOCK_CODES4, 32, 16, 0, PENSTOCK_F16},
+    {"q4_k", PENSTOCK_CODES4, 32, 16, 0, PENSTOCK_INT8, 1},
+    {"gptq", PENSTOCK_CODES4, 128, 16, 0, PENSTOCK_F32, 1},
+    {"nf4", PENSTOCK_CODES4, 64, 16, 0, PENSTOCK_F32},
+    {"mxfp4", PENSTOCK_CODES4, 32, 16, 0, PENSTOCK_F32},
+    {"q6_k", PENSTOCK_CODES8, 16, 16, PENSTOCK_CODE_INT8, PENSTOCK_INT8},
+    {"q8_0", PENSTOCK_CODES8, 32, 16, PENSTOCK_CODE_INT8, PENSTOCK_F16},
+    {"fp8", PENSTOCK_CODES8, 128, 16, PENSTOCK_CODE_E4M3, PENSTOCK_F32},
 };
 
 struct Shape {
@@ -42,8 +50,9 @@ struct Shape {
 };
 
 const Shape kShapes[] = {
-    {"up", 16384, 2048, PENSTOCK_SILU_MUL},
+    {"up", 16384, 2048, PENSTOCK_GATED},
     {"down", 2048, 8192, PENSTOCK_STORE},
+    {"square", 4096, 4096, PENSTOCK_STORE},
     {"head", 128256, 2048, PENSTOCK_STORE},
 };
 
@@ -57,22 +66,6 @@ struct Options {
 };
 
 constexpr int64_t kArenaBytes = 640 << 20;  // far beyond any L3 that one user gets
-
-char* allocate(int64_t num_bytes, bool huge_pages) {
-    void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) exit((std::fprintf(stderr, "no memory\n"), 1));
-    madvise(data, num_bytes, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-    return static_cast<char*>(data);
-}
-
-// Small floats in bf16 and in f32, any bytes as integers.
-void fill(char* data, int64_t num_bytes) {
-    uint32_t state = 1;
-    for (int64_t i = 0; i < num_bytes / 2; ++i) {
-        state = state * 1664525u + 1013904223u;
-        reinterpret_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(0x3c00 | (state >> 16 & 0x807f));
-    }
-}
 
 bool contains(const std::string& list, const char* name) {
     std::istringstream names(list);
@@ -94,6 +87,10 @@ struct Bench {
         penstock_weight weight{};
         weight.format = format.dtype;
         weight.group_size = format.group_size;
+        weight.code = format.code;
+        weight.scale_format = format.scale_format;
+        weight.has_minima = format.has_minima;
+        for (int i = 0; i < 16; ++i) weight.book[i] = static_cast<float>(i - 8);
         weight.num_rows = shape.num_rows;
         weight.num_columns = shape.num_columns;
         weight.scales = scales;
@@ -101,15 +98,21 @@ struct Bench {
         const double work = 2.0 * m * shape.num_rows * shape.num_columns;
         const int64_t copies = std::max<int64_t>(1, kArenaBytes / weight.data_bytes);
         const int64_t num_ops = std::clamp<int64_t>(static_cast<int64_t>(2e11 / work), 1, copies);
-        const int64_t width = shape.epilogue == PENSTOCK_SILU_MUL ? shape.num_rows / 2 : shape.num_rows;
+        const int64_t width = shape.epilogue == PENSTOCK_GATED ? shape.num_rows / 2 : shape.num_rows;
         std::vector<uint16_t> x(m * shape.num_columns), y(m * width);
         fill(reinterpret_cast<char*>(x.data()), 2 * static_cast<int64_t>(x.size()));
         std::vector<penstock_linear_args> args(num_ops);
         std::vector<penstock_op> ops(num_ops);
         for (int64_t i = 0; i < num_ops; ++i) {
             weight.data = arena + i * weight.data_bytes / kAlignment * kAlignment;
-            args[i] = {weight, nullptr, x.data(), shape.num_columns, y.data(), width, PENSTOCK_BF16, PENSTOCK_BF16,
-                       PENSTOCK_ROWS_TOKENS, shape.epilogue, format.activation_bits, static_cast<int32_t>(width)};
+            penstock_linear_args& one = args[i];
+            one.weight = weight;
+            one.x = x.data(), one.x_stride = shape.num_columns, one.x_dtype = PENSTOCK_BF16;
+            one.y = y.data(), one.y_stride = width, one.y_dtype = PENSTOCK_BF16;
+            one.num_groups = 1, one.rows = PENSTOCK_ROWS_TOKENS, one.epilogue = shape.epilogue;
+            one.activation = shape.epilogue == PENSTOCK_GATED ? PENSTOCK_SILU : PENSTOCK_IDENTITY;
+            one.activation_bits = format.activation_bits;
+            one.num_outputs = static_cast<int32_t>(width), one.y_scale = 1;
             ops[i] = {PENSTOCK_OP_LINEAR, &args[i]};
         }
         if (penstock_reserve(pool, ops.data(), num_ops, m, m) < 0) exit((std::puts(penstock_last_error()), 1));

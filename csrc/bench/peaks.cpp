@@ -1,9 +1,12 @@
 #include "peaks.h"
 
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 
 #include "penstock_native.h"
 
@@ -135,4 +138,19 @@ Peaks measure_peaks(penstock::Pool& pool, const char* data, int64_t num_bytes, b
         p.int8 = rate(pool, chains_int8, nullptr, products * 12 * 128, cpu_time);
     }
     return p;
+}
+
+char* allocate(int64_t num_bytes, bool huge_pages) {
+    void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) exit((std::fprintf(stderr, "no memory\n"), 1));
+    madvise(data, num_bytes, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    return static_cast<char*>(data);
+}
+
+void fill(char* data, int64_t num_bytes) {
+    uint32_t state = 1;
+    for (int64_t i = 0; i < num_bytes / 2; ++i) {
+        state = state * 1664525u + 1013904223u;
+        reinterpret_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(0x3c00 | (state >> 16 & 0x807f));
+    }
 }

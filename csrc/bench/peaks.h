@@ -1,4 +1,4 @@
-// What the machine can do at most, measured: the yardsticks of native_bench.
+// What the machine can do at most, measured: the yardsticks of the benchmarks, and what they measure on.
 #pragma once
 
 #include <cstdint>
@@ -16,3 +16,8 @@ struct Peaks {
 double seconds(bool cpu_time);
 
 Peaks measure_peaks(penstock::Pool& pool, const char* data, int64_t num_bytes, bool cpu_time);
+
+// Memory to measure on; ends the program if there is none.
+char* allocate(int64_t num_bytes, bool huge_pages);
+// Small floats in bf16 and in f32, any bytes as integers.
+void fill(char* data, int64_t num_bytes);

@@ -14,12 +14,12 @@ namespace {
 thread_local char last_error[256] = "";
 
 const Kernels kTables[] = {
-    {PENSTOCK_SCALAR, scalar_linear, &scalar_rows},
+    {PENSTOCK_SCALAR, scalar_linear, &scalar_rows, &scalar_codes},
 #if defined(PENSTOCK_X86)
-    {PENSTOCK_AVX2, avx2_linear, &avx2_rows},
-    {PENSTOCK_AVX512, avx512_linear, &avx512_rows},
-    {PENSTOCK_AMX, amx_linear, &avx512_rows},
-    {PENSTOCK_AMX_EMULATED, amx_emulated_linear, &avx512_rows},
+    {PENSTOCK_AVX2, avx2_linear, &avx2_rows, &avx2_codes},
+    {PENSTOCK_AVX512, avx512_linear, &avx512_rows, &avx512_codes},
+    {PENSTOCK_AMX, amx_linear, &avx512_rows, &amx_codes},
+    {PENSTOCK_AMX_EMULATED, amx_emulated_linear, &avx512_rows, &amx_emulated_codes},
 #endif
 };
 
@@ -44,6 +44,10 @@ const Op* op_of(int64_t kind) {
         case PENSTOCK_OP_ANGLES: return &angles_op;
         case PENSTOCK_OP_ROPE: return &rope_op;
         case PENSTOCK_OP_ATTENTION: return &attention_op;
+        case PENSTOCK_OP_SLICE_NORM: return &slice_norm_op;
+        case PENSTOCK_OP_ADD: return &add_op;
+        case PENSTOCK_OP_COPY: return &copy_op;
+        case PENSTOCK_OP_EXPERTS: return &experts_op;
         default: return nullptr;
     }
 }

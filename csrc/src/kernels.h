@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+struct penstock_weight;
+
 namespace penstock {
 
 constexpr int kPanel = 16;
@@ -30,11 +32,18 @@ struct Gemm {
     bool accumulate;
 };
 
-// One row of products on its way out: y[n] = c[n] * scales[n] * row_scale + bias[n]; gated: panels
-// of c alternate gate and up, and y = silu(gate) * up.
+// One row of products on its way out. v[n] = c[n] * scales[n] * row_scale + bias[n]; y = activation(v),
+// or gated, with panels of c that alternate gate and up: activation(gate) * up. Then y *= y_scale, and
+// y = softcap * tanh(y / softcap) unless softcap is 0.
+//
+// An activation, and tanh, is off by at most 2e-6 of its result or, where that is nearly zero, by 1e-12
+// (GELU_TANH and SWIGLU_OAI: 2e-9). At infinity they have their limits, and NaN stays NaN. All
+// instruction sets compute the same bits.
 struct Finish {
     const void* c;  // float, or int32_t if `integers`
     bool integers, gated, to_bf16;
+    int32_t activation;   // penstock_activation
+    float y_scale, softcap;
     int64_t num_outputs;  // of y
     float row_scale;
     const float* scales;  // or null: neither scales nor row_scale
@@ -62,17 +71,34 @@ struct LinearKernels {
     int64_t max_rows_i4;
 };
 
+// Weights as codes (CODES4, CODES8): b of a Gemm is panels of them, k the padded columns.
+//
+// A weight's value is rounded as a float after its product and after its sum, and then to the format
+// of x. Columns of the padding are zeros. So the sums are those of to_bf16 and gemm_bf16 (to_f32 and
+// gemm_f32) to the last bit, in as few passes as the number of rows wants.
+struct CodeKernels {
+    // Columns [first, last) of one panel, both multiples of 16: [k][16], or [k / 2][16][2].
+    void (*to_f32)(const penstock_weight& weight, const void* panel, int64_t first, int64_t last, float* out);
+    void (*to_bf16)(const penstock_weight& weight, const void* panel, int64_t first, int64_t last, uint16_t* out);
+    void (*gemm_f32)(const penstock_weight& weight, const Gemm&);
+    void (*gemm_bf16)(const penstock_weight& weight, const Gemm&);
+    // Up to so many rows these are faster than converting whole panels, and have the same bits.
+    int64_t max_rows_f32, max_rows_bf16;
+};
+
 struct RowKernels;  // rows.h: norms, rotations, softmax; sampling; attention's packing
 
 struct Kernels {
     int isa;
     LinearKernels linear;
     const RowKernels* rows;
+    const CodeKernels* codes;
 };
 
 const Kernels& kernels();  // of the chosen instruction set
 
 extern const LinearKernels scalar_linear, avx2_linear, avx512_linear, amx_linear, amx_emulated_linear;
+extern const CodeKernels scalar_codes, avx2_codes, avx512_codes, amx_codes, amx_emulated_codes;
 extern const RowKernels scalar_rows, avx2_rows, avx512_rows;
 
 }  // namespace penstock

@@ -22,7 +22,7 @@ struct Op {
     const char* (*check)(const void* args);
 };
 
-extern const Op embed_op, norm_op, linear_op, angles_op, rope_op, attention_op;
+extern const Op embed_op, norm_op, slice_norm_op, add_op, copy_op, linear_op, angles_op, rope_op, attention_op, experts_op;
 
 void set_error(const char* message);  // of the calling thread
 

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "codes.h"
 #include "kernels.h"
 #include "numbers.h"
 #include "ops.h"
@@ -23,16 +24,21 @@ namespace {
 
 constexpr int64_t kColumns = 64;  // columns are padded to this: one AMX tile of int8
 constexpr int64_t kInt4Bytes = 512, kInt4ScaleBytes = 16;
+constexpr int64_t kMaxSize = int64_t{1} << 28;  // of rows and of columns: no number of bytes overflows
 
 void set_layout(penstock_weight& weight) {
-    const bool grouped = weight.format == PENSTOCK_INT4 && weight.group_size > kColumns;
-    const int64_t k = round_up(weight.num_columns, grouped ? weight.group_size : kColumns);
-    int64_t num_bytes = k / kColumns * (kInt4Bytes + kInt4ScaleBytes);
-    if (weight.format == PENSTOCK_F32) num_bytes = k * kPanel * 4;
-    if (weight.format == PENSTOCK_BF16) num_bytes = k * kPanel * 2;
-    if (weight.format == PENSTOCK_INT8) num_bytes = k * kPanel;
-    weight.padded_columns = k;
-    weight.panel_bytes = round_up(num_bytes, kAlignment);
+    if (is_coded(weight)) {
+        set_codes_layout(weight);
+    } else {
+        const bool grouped = weight.format == PENSTOCK_INT4 && weight.group_size > kColumns;
+        const int64_t k = round_up(weight.num_columns, grouped ? weight.group_size : kColumns);
+        int64_t num_bytes = k / kColumns * (kInt4Bytes + kInt4ScaleBytes);
+        if (weight.format == PENSTOCK_F32) num_bytes = k * kPanel * 4;
+        if (weight.format == PENSTOCK_BF16) num_bytes = k * kPanel * 2;
+        if (weight.format == PENSTOCK_INT8) num_bytes = k * kPanel;
+        weight.padded_columns = k;
+        weight.panel_bytes = round_up(num_bytes, kAlignment);
+    }
     weight.data_bytes = round_up(weight.num_rows, kPanel) / kPanel * weight.panel_bytes;
 }
 
@@ -259,14 +265,15 @@ bool quantized(const penstock_weight& weight) {
 
 // Null if there is a layout for this, else what is wrong.
 const char* check_shape(const penstock_weight& weight) {
-    if (weight.format != PENSTOCK_F32 && weight.format != PENSTOCK_BF16 && !quantized(weight)) {
+    if (weight.format != PENSTOCK_F32 && weight.format != PENSTOCK_BF16 && !quantized(weight) && !is_coded(weight)) {
         return "weight: unknown format";
     }
     if (weight.format == PENSTOCK_INT4 && weight.group_size != 32 && weight.group_size != 128) {
         return "weight: groups of 4-bit weights have 32 or 128 columns";
     }
     if (weight.num_rows < 1 || weight.num_columns < 1) return "weight: empty";
-    return nullptr;
+    if (weight.num_rows > kMaxSize || weight.num_columns > kMaxSize) return "weight: too large";
+    return is_coded(weight) ? check_codes(weight) : nullptr;
 }
 
 }  // namespace
@@ -283,7 +290,18 @@ const char* check_weight(const penstock_weight& weight) {
     return nullptr;
 }
 
+const char* check_rows(const penstock_weight& weight, int64_t first_row, int64_t num_rows, int64_t panel_step) {
+    const int64_t padded_rows = round_up(weight.num_rows, kPanel), last = num_rows - 1;
+    if (panel_step < 1 || (panel_step > 1 && first_row % kPanel)) return "pack: interleaved parts begin with a panel";
+    // In an order in which nothing overflows.
+    const bool fits = first_row >= 0 && first_row < padded_rows && last >= 0 && last < padded_rows &&
+                      panel_step <= kMaxSize &&
+                      first_row + last / kPanel * kPanel * panel_step + last % kPanel < padded_rows;
+    return fits ? nullptr : "pack: the rows do not fit into the weight";
+}
+
 void unpack_row(const penstock_weight& weight, int64_t row, float* out) {
+    if (is_coded(weight)) return unpack_codes(weight, row, out);
     const char* panel = static_cast<const char*>(weight.data) + row / kPanel * weight.panel_bytes;
     const int64_t k = weight.num_columns, lane = row % kPanel;
     const auto* bytes = reinterpret_cast<const uint8_t*>(panel);
@@ -331,15 +349,8 @@ extern "C" int32_t penstock_pack(penstock_pool* pool, const penstock_pack_args* 
     const char* problem = pool->problem();
     if (!problem) problem = check_weight(args->weight);
     if (!problem && !args->source) problem = "pack: no source";
-    const int64_t padded_rows = round_up(args->weight.num_rows, kPanel);
-    const int64_t last = args->num_source_rows - 1;
-    if (!problem && (args->first_row < 0 || last < 0 ||
-                     args->first_row + last / kPanel * kPanel * args->panel_step + last % kPanel >= padded_rows)) {
-        problem = "pack: the rows do not fit into the weight";
-    }
-    if (!problem && (args->panel_step < 1 || (args->panel_step > 1 && args->first_row % kPanel))) {
-        problem = "pack: interleaved parts begin with a panel";
-    }
+    if (!problem && is_coded(args->weight)) problem = "pack: codes are packed by penstock_pack_codes";
+    if (!problem) problem = check_rows(args->weight, args->first_row, args->num_source_rows, args->panel_step);
     if (!problem && (args->source_dtype < PENSTOCK_F32 || args->source_dtype > PENSTOCK_F16)) {
         problem = "pack: the source must be F32, BF16 or F16";
     }

@@ -4,7 +4,8 @@
 // length fixes. Between instruction sets the order, and so the last bits, differ.
 //
 // exp, also in softmax: an error of at most 2.5 ulp (of the exact result for the rounded argument),
-// exp(-inf) = 0 exactly, NaN stays NaN. bf16 is rounded to nearest even everywhere, denormals kept.
+// exp(-inf) = 0 exactly, NaN stays NaN. tanh: at most 3 ulp, tanh(0) = 0 exactly, NaN stays NaN. bf16
+// is rounded to nearest even everywhere, denormals kept.
 #pragma once
 
 #include <cstdint>
@@ -30,28 +31,57 @@ struct SoftmaxState {
 };
 
 // One chunk of context for `num_rows` rows: `rows_per_query` successive rows see the same columns,
-// the first of them columns [0, first_visible), the next query one more, and so on.
+// those of the first query columns [begin, end), those of each next query both moved on by `step`.
+// Neither need lie within the chunk. A row that sees nothing of it keeps its state, bit by bit.
 struct SoftmaxChunk {
     int64_t num_rows;
     int64_t rows_per_query;
-    int64_t first_visible;
+    int64_t begin, end, step;
     float* scores;          // [num_rows, kChunk], overwritten
-    float scale;            // of the scores, log2(e) included
+    float scale;            // of the scores, log2(e) included; with a cap, that of the argument of tanh
+    float cap;              // score = cap * tanh(scale * score), log2(e) included; 0: score = scale * score
     const float* k_scales;  // [kChunk] or null
     const float* v_scales;  // [kChunk] or null
     void* probabilities;    // [num_rows, kChunk], bf16 or float: what is multiplied with the values
     SoftmaxState state;     // updated; `out` is scaled to the new maximum
 };
 
+// One row: residual += x_scale * x (if x), and the norm of that; without residual the norm of x.
+// The norm, in float: (value - mean) / sqrt(variance + eps) * weight + bias if it `is_centered` (the
+// mean first, then the variance of the differences), else value / sqrt(mean square + eps) * ...
+struct NormRow {
+    float* residual;  // or null
+    const void* x;    // or null, if there is a residual
+    float x_scale;
+    const float* weight;  // or null: ones
+    const float* bias;    // or null: zeros
+    void* out;            // may be x
+    int64_t size;
+    float eps;
+    bool is_centered;
+};
+
+// Runs of `size` numbers, one after the other, each normed in place as above.
+struct NormRuns {
+    void* x;  // [num_runs, size]
+    int64_t num_runs, size;
+    const float* weight;  // of the first run, or null: ones
+    int64_t weight_stride;
+    float eps;
+    bool is_centered;
+};
+
 struct RowKernels {
-    // residual += x (unless null); out = residual / sqrt(mean(residual^2) + eps) * weight.
-    void (*norm_f32)(float* residual, const float* x, const float* weight, float* out, int64_t size, float eps);
-    void (*norm_bf16)(float* residual, const uint16_t* x, const float* weight, uint16_t* out, int64_t size,
-                      float eps);
-    // angles: cosines [half], then sines [half]. x [num_heads, 2 * half] in place, in fp32.
-    void (*rope_f32)(const float* angles, float* x, int64_t num_heads, int64_t half);
-    void (*rope_bf16)(const float* angles, uint16_t* x, int64_t num_heads, int64_t half);
+    // Indexed by whether x is bf16 (else float), and by whether out is.
+    void (*norm[2][2])(const NormRow& row);
+    void (*norm_runs[2])(const NormRuns& runs);
+    void (*add[2])(float* residual, const void* x, float scale, int64_t size);  // residual += scale * x
+    // angles: cosines [half], then sines [half]. The first 2 * half numbers of each head, in place, in
+    // fp32; heads are `head_stride` elements apart.
+    void (*rope_f32)(const float* angles, float* x, int64_t num_heads, int64_t head_stride, int64_t half);
+    void (*rope_bf16)(const float* angles, uint16_t* x, int64_t num_heads, int64_t head_stride, int64_t half);
     void (*exp)(const float* x, float* out, int64_t n);
+    void (*tanh)(const float* x, float* out, int64_t n);
     void (*f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
     void (*bf16_to_f32)(const uint16_t* x, float* out, int64_t n);
     // Index of the first NaN, else of the first of the largest; n > 0.
@@ -77,9 +107,9 @@ struct RowKernels {
     void (*softmax_bf16)(const SoftmaxChunk& chunk);
     // into = into and part together; part's context follows that of `into`.
     void (*merge)(int64_t num_rows, const SoftmaxState& into, const SoftmaxState& part);
-    // out = the state's row / its sum, [head_dim] elements.
-    void (*finish_f32)(const SoftmaxState& state, int64_t row, float* out, int64_t head_dim);
-    void (*finish_bf16)(const SoftmaxState& state, int64_t row, uint16_t* out, int64_t head_dim);
+    // out = the state's row / (its sum + exp2(sink)), [size] elements; sink -inf: none.
+    void (*finish_f32)(const SoftmaxState& state, int64_t row, float sink, float* out, int64_t size);
+    void (*finish_bf16)(const SoftmaxState& state, int64_t row, float sink, uint16_t* out, int64_t size);
 };
 
 }  // namespace penstock

@@ -4,19 +4,19 @@
 // Budgets. Integer products are exact, and scaling is the same code everywhere: int8 activations
 // give equal bits in every instruction set. A float sum of k products in any order is within
 // k * 2^-24 of the sum of their magnitudes (Higham 2002, section 3.1); bf16 activations are what the
-// kernel is given, and a bf16 result adds half a unit in its last place, 2^-9 of it.
+// kernel is given, and a bf16 result adds half a unit in its last place, 2^-9 of it. What the epilogue
+// makes of an error follows from its slope; its own errors are those that kernels.h tells.
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "buffer.h"
 #include "check.h"
 #include "numbers.h"
 #include "ops.h"
 #include "pack.h"
+#include "packed.h"
 #include "penstock_native.h"
 #include "poison.h"
 
@@ -24,68 +24,7 @@ namespace {
 
 using namespace penstock;
 
-const char* const kIsaNames[] = {"scalar", "avx2", "avx512", "amx", "amx_emulated"};
 const int64_t kRowCounts[] = {1, 2, 3, 5, 7, 16, 17, 33, 64, 130};
-
-// Memory of exactly the asked size, so that a sanitizer sees every byte too many.
-template <typename T>
-struct Buffer {
-    explicit Buffer(int64_t count) : size(count) {
-        const size_t num_bytes = (count * sizeof(T) + 63) / 64 * 64;
-        data = static_cast<T*>(std::aligned_alloc(64, num_bytes));
-        memset(data, 0, num_bytes);
-    }
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    T& operator[](int64_t i) { return data[i]; }
-    int64_t size;
-    T* data;
-};
-
-std::mt19937 random_bits(7);
-
-float normal() {
-    static std::normal_distribution<float> distribution;
-    return distribution(random_bits);
-}
-
-int64_t pick(int64_t end) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(end)); }
-
-std::vector<penstock_pool*> pools(1);  // [number of threads]
-
-struct Format {
-    const char* name;
-    int32_t dtype, group_size, activation_bits;
-};
-
-const Format kFormats[] = {
-    {"f32", PENSTOCK_F32, 0, 16},          {"bf16", PENSTOCK_BF16, 0, 16},       {"int8", PENSTOCK_INT8, 0, 8},
-    {"int8 a16", PENSTOCK_INT8, 0, 16},    {"int4 g32", PENSTOCK_INT4, 32, 8},   {"int4 g128", PENSTOCK_INT4, 128, 8},
-    {"int4 g32 a16", PENSTOCK_INT4, 32, 16}, {"int4 g128 a16", PENSTOCK_INT4, 128, 16},
-};
-
-struct Packed {
-    penstock_weight weight{};
-    std::vector<float> source;
-    std::unique_ptr<Buffer<char>> data;
-    std::unique_ptr<Buffer<float>> scales;
-
-    Packed(const Format& format, int64_t num_rows, int64_t num_columns) : source(num_rows * num_columns) {
-        for (float& value : source) value = normal();
-        weight.format = format.dtype;
-        weight.group_size = format.group_size;
-        weight.num_rows = num_rows;
-        weight.num_columns = num_columns;
-        CHECK(penstock_weight_layout(&weight) == 0);
-        data = std::make_unique<Buffer<char>>(weight.data_bytes);
-        scales = std::make_unique<Buffer<float>>((num_rows + 15) / 16 * 16);
-        weight.data = data->data;
-        weight.scales = scales->data;
-        const penstock_pack_args args{weight, source.data(), PENSTOCK_F32, 1, 0, num_rows};
-        CHECK(penstock_pack(pools[2], &args) == 0, "%s", penstock_last_error());
-    }
-};
 
 // One linear op and its operands.
 struct Case {
@@ -93,6 +32,8 @@ struct Case {
     const Format& format;
     int64_t m;
     bool gated, with_bias, logits, x_floats, y_floats;
+    int32_t activation = kActivations[pick(6)];
+    float y_scale = pick(2) ? 1.0f : 0.37f, softcap = pick(3) ? 0.0f : 5.0f;
     int64_t num_outputs, x_stride, y_stride;
     std::vector<float> x;  // [tokens, columns]
     std::vector<int64_t> logit_rows;
@@ -101,6 +42,7 @@ struct Case {
     Case(const Packed& p, const Format& f, int64_t rows) : packed(p), format(f), m(rows) {
         const penstock_weight& w = p.weight;
         gated = (w.num_rows + 15) / 16 % 2 == 0 && pick(2);
+        if (gated && pick(4) == 0) activation = PENSTOCK_SWIGLU_OAI;
         with_bias = pick(2), logits = pick(3) == 0, x_floats = pick(2), y_floats = pick(2);
         num_outputs = (gated ? w.num_rows / 32 * 16 : w.num_rows) - pick(3);
         x_stride = w.num_columns + pick(3);
@@ -128,11 +70,18 @@ struct Case {
                 else reinterpret_cast<uint16_t*>(x_data.data)[t * x_stride + i] = f32_to_bf16(value);
             }
         }
-        penstock_linear_args args{w, with_bias ? bias.data() : nullptr, x_data.data, x_stride, y_data.data, y_stride,
-                                  x_floats ? PENSTOCK_F32 : PENSTOCK_BF16, y_floats ? PENSTOCK_F32 : PENSTOCK_BF16,
-                                  logits ? PENSTOCK_ROWS_LOGITS : PENSTOCK_ROWS_TOKENS,
-                                  gated ? PENSTOCK_SILU_MUL : PENSTOCK_STORE, format.activation_bits,
-                                  static_cast<int32_t>(num_outputs)};
+        penstock_linear_args args{};
+        args.weight = w;
+        args.bias = with_bias ? bias.data() : nullptr;
+        args.x = x_data.data, args.x_stride = x_stride, args.x_dtype = x_floats ? PENSTOCK_F32 : PENSTOCK_BF16;
+        args.y = y_data.data, args.y_stride = y_stride, args.y_dtype = y_floats ? PENSTOCK_F32 : PENSTOCK_BF16;
+        args.num_groups = 1;
+        args.rows = logits ? PENSTOCK_ROWS_LOGITS : PENSTOCK_ROWS_TOKENS;
+        args.epilogue = gated ? PENSTOCK_GATED : PENSTOCK_STORE;
+        args.activation = activation;
+        args.activation_bits = format.activation_bits;
+        args.num_outputs = static_cast<int32_t>(num_outputs);
+        args.y_scale = y_scale, args.softcap = softcap;
         const penstock_op op{PENSTOCK_OP_LINEAR, &args};
         CHECK(penstock_reserve(pools[threads], &op, 1, tokens, count) > 0, "%s", penstock_last_error());
         poison(*pools[threads], linear_op.scratch(&args, tokens, count, threads));
@@ -169,31 +118,42 @@ Exact product(const Case& c, const std::vector<float>& weights, int64_t source_r
     return result;
 }
 
+// The epilogue of exact products; errors of the products become those of its result.
+void apply_epilogue(const Case& c, Exact& e, double& error, const Exact& up, double up_error) {
+    const double slope = c.activation == PENSTOCK_RELU_SQUARED ? 2 * (std::fabs(e.value) + error) : 1.2;
+    e.value = activated(c.activation, e.value);
+    error = (c.activation == PENSTOCK_IDENTITY ? error : slope * error) + 2e-6 * std::fabs(e.value) + 1e-8;
+    if (c.gated) {
+        const bool clipped = c.activation == PENSTOCK_SWIGLU_OAI;
+        const double factor = clipped ? std::fmax(-7, std::fmin(7, up.value)) + 1 : up.value;
+        error = error * std::fabs(factor) + up_error * (std::fabs(e.value) + error);
+        e.value *= factor;
+    }
+    e.value *= c.y_scale;
+    error = error * c.y_scale + std::fabs(e.value) * 0x1p-21;
+    if (c.softcap > 0) {
+        e.value = c.softcap * std::tanh(e.value / c.softcap);
+        error += 2e-6 * std::fabs(e.value);
+    }
+}
+
 void check_floats(const Case& c, const std::vector<float>& weights, const std::vector<float>& y, const char* what) {
     const double budget = static_cast<double>(c.packed.weight.num_columns + 4) * 0x1p-24;
     for (int64_t i = 0; i < c.m; i += c.m > 20 ? 7 : 1) {
         for (int64_t n = 0; n < c.num_outputs; ++n) {
             const int64_t row = c.gated ? n / 16 * 32 + n % 16 : n;
             Exact e = product(c, weights, c.source_row(i), row);
+            const Exact up = c.gated ? product(c, weights, c.source_row(i), row + 16) : Exact{};
             double allowed = e.magnitude * budget;
-            if (c.gated) {  // silu's slope is below 1.1
-                const Exact up = product(c, weights, c.source_row(i), row + 16);
-                const double gate = e.value / (1 + std::exp(-e.value));
-                allowed = 1.1 * allowed * std::fabs(up.value) + up.magnitude * budget * (std::fabs(gate) + allowed) +
-                          std::fabs(gate * up.value) * 0x1p-20;
-                e.value = gate * up.value;
-            }
+            apply_epilogue(c, e, allowed, up, up.magnitude * budget);
             if (!c.y_floats) allowed += std::fabs(e.value) * 0x1p-8;
             const float got = y[i * c.num_outputs + n];
             CHECK(std::fabs(got - e.value) <= allowed + 1e-30,
-                  "%s m %lld row %lld output %lld: %.9g, not %.9g (+- %.3g)", what, static_cast<long long>(c.m),
-                  static_cast<long long>(i), static_cast<long long>(n), got, e.value, allowed);
+                  "%s m %lld row %lld output %lld activation %d: %.9g, not %.9g (+- %.3g)", what,
+                  static_cast<long long>(c.m), static_cast<long long>(i), static_cast<long long>(n), c.activation, got,
+                  e.value, allowed);
         }
     }
-}
-
-bool same_bits(const std::vector<float>& a, const float* b) {
-    return memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
 }
 
 // A row alone, and in a batch of other sizes, has the same bits as in this batch.
@@ -270,6 +230,7 @@ void test_quantized_activations() {
     for (int64_t row = 0; row < 40; ++row) unpack_row(packed.weight, row, &weights[row * 200]);
     Case c(packed, format, 5);
     c.y_floats = true, c.gated = false, c.num_outputs = 40, c.y_stride = 40, c.x_floats = true;
+    c.activation = PENSTOCK_IDENTITY, c.y_scale = 1, c.softcap = 0;
     for (int64_t i = 0; i < 200; ++i) c.x[c.source_row(1) * 200 + i] = 0;  // a row of zeros
     const std::vector<float> y = c.run(PENSTOCK_SCALAR, 1, 0, 5);
     for (int64_t i = 0; i < 5; ++i) {
@@ -341,7 +302,11 @@ void test_refusals() {
     const Format format{"int8", PENSTOCK_INT8, 0, 8};
     const Packed packed(format, 48, 64);
     float x[64] = {}, y[48];
-    const penstock_linear_args good{packed.weight, nullptr, x, 64, y, 48, PENSTOCK_F32, PENSTOCK_F32, 0, 0, 8, 48};
+    penstock_linear_args good{};
+    good.weight = packed.weight;
+    good.x = x, good.x_stride = 64, good.x_dtype = PENSTOCK_F32;
+    good.y = y, good.y_stride = 48, good.y_dtype = PENSTOCK_F32;
+    good.num_groups = 1, good.activation_bits = 8, good.num_outputs = 48, good.y_scale = 1;
     const auto refused = [&](auto change) {
         penstock_linear_args args = good;
         change(args);
@@ -355,7 +320,27 @@ void test_refusals() {
     CHECK(refused([](auto& a) { a.y_dtype = PENSTOCK_F16; }));
     CHECK(refused([](auto& a) { a.rows = 2; }));
     CHECK(refused([](auto& a) { a.epilogue = 2; }));
-    CHECK(refused([](auto& a) { a.epilogue = PENSTOCK_SILU_MUL; }));  // three panels
+    CHECK(refused([](auto& a) { a.epilogue = PENSTOCK_GATED; }));  // three panels
+    CHECK(refused([](auto& a) { a.activation = 7; }));
+    CHECK(refused([](auto& a) { a.activation = -1; }));
+    CHECK(refused([](auto& a) { a.activation = PENSTOCK_SWIGLU_OAI; }));  // not gated
+    CHECK(refused([](auto& a) { a.y_scale = 0; }));
+    CHECK(refused([](auto& a) { a.y_scale = NAN; }));
+    CHECK(refused([](auto& a) { a.softcap = -1; }));
+    CHECK(refused([](auto& a) { a.softcap = INFINITY; }));
+    const auto grouped = [](auto& a) {
+        a.num_groups = 3, a.num_outputs = 16, a.x_group_stride = 64, a.x_stride = 192, a.y_group_stride = 16;
+    };
+    CHECK(!refused(grouped));
+    CHECK(refused([](auto& a) { a.num_groups = 0; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.num_groups = 4; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.num_groups = int64_t{1} << 60; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.num_outputs = 17; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.x_stride = 191; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.x_group_stride = -1; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.y_group_stride = 15; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.y_stride = 47; }));
+    CHECK(refused([&](auto& a) { grouped(a), a.epilogue = PENSTOCK_GATED; }));
     CHECK(refused([](auto& a) { a.activation_bits = 4; }));
     CHECK(refused([](auto& a) { a.num_outputs = 49; }));
     CHECK(refused([](auto& a) { a.num_outputs = 0; }));

@@ -1,47 +1,20 @@
-// Row kernels of every instruction set here against double precision or, where exact, the oracle;
-// the ops that use them, with one thread and with several.
+// Row kernels of every instruction set here against double precision or, where exact, the oracle.
+// Those of norms and rotations: test_row_ops.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "kernels.h"
 #include "numbers.h"
-#include "ops.h"
 #include "penstock_native.h"
 #include "rows.h"
+#include "values.h"
 
 using namespace penstock;
 
 namespace {
-
-std::mt19937_64 generator(7);
-
-float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(generator); }
-
-std::vector<float> numbers(int64_t n, float low = -3, float high = 3) {
-    std::vector<float> x(n);
-    for (float& value : x) value = uniform(low, high);
-    return x;
-}
-
-template <typename T>
-std::vector<T> as(const std::vector<float>& x) {
-    std::vector<T> y(x.size());
-    for (size_t i = 0; i < x.size(); ++i) {
-        if constexpr (std::is_same_v<T, uint16_t>) y[i] = f32_to_bf16(x[i]);
-        else y[i] = static_cast<T>(x[i]);
-    }
-    return y;
-}
-
-double value_of(float x) { return x; }
-double value_of(uint16_t x) { return bf16_to_f32(x); }
-// Half a unit in the last place, as a share of the value.
-double rounding(float) { return 0x1p-24; }
-double rounding(uint16_t) { return 0x1p-8; }
 
 void test_conversions(const RowKernels& rows) {
     std::vector<uint16_t> all(65536), back(65536);
@@ -80,55 +53,6 @@ void test_exp(const RowKernels& rows) {
     rows.exp(special, out, 7);
     CHECK(bits_of(out[0]) == 0 && bits_of(out[1]) == 0 && out[2] == 1 && out[3] == 1);
     CHECK(std::isinf(out[4]) && std::isinf(out[5]) && std::isnan(out[6]));
-}
-
-template <typename T, typename Kernel>
-void test_norm(Kernel kernel) {
-    for (int64_t size : {1, 7, 16, 63, 64, 65, 100, 576, 2048}) {
-        for (bool sum : {false, true}) {
-            std::vector<float> residual = numbers(size), weight = numbers(size);
-            const std::vector<float> before = residual;
-            const std::vector<T> x = as<T>(numbers(size));
-            std::vector<T> y(size);
-            kernel(residual.data(), sum ? x.data() : nullptr, weight.data(), y.data(), size, 1e-5f);
-            double squares = 0;
-            for (int64_t i = 0; i < size; ++i) {
-                CHECK(residual[i] == (sum ? before[i] + static_cast<float>(value_of(x[i])) : before[i]));
-                squares += static_cast<double>(residual[i]) * residual[i];
-            }
-            const double inverse = 1 / std::sqrt(squares / static_cast<double>(size) + 1e-5f);
-            for (int64_t i = 0; i < size; ++i) {
-                const double exact = residual[i] * inverse * weight[i];
-                // 2048 squares in at most 512 steps: the mean is within 2^-15, mostly far better.
-                CHECK(std::fabs(value_of(y[i]) - exact) <= std::fabs(exact) * (rounding(T{}) + 4e-6), "size %ld", size);
-            }
-        }
-    }
-}
-
-template <typename T, typename Kernel>
-void test_rope(Kernel kernel) {
-    for (int64_t half : {1, 4, 16, 32, 40, 64}) {
-        const int64_t num_heads = 3;
-        std::vector<float> angles(2 * half);
-        for (int64_t i = 0; i < half; ++i) {
-            const float angle = uniform(-9, 9);
-            angles[i] = std::cos(angle);
-            angles[half + i] = std::sin(angle);
-        }
-        std::vector<T> x = as<T>(numbers(num_heads * 2 * half));
-        const std::vector<T> before = x;
-        kernel(angles.data(), x.data(), num_heads, half);
-        for (int64_t i = 0; i < num_heads * half; ++i) {
-            const int64_t low = i / half * 2 * half + i % half, high = low + half;
-            const double a = value_of(before[low]), b = value_of(before[high]);
-            const double cosine = angles[i % half], sine = angles[half + i % half];
-            const double error = (std::fabs(a) + std::fabs(b)) * 2e-7;
-            const double first = a * cosine - b * sine, second = b * cosine + a * sine;
-            CHECK(std::fabs(value_of(x[low]) - first) <= error + std::fabs(first) * rounding(T{}));
-            CHECK(std::fabs(value_of(x[high]) - second) <= error + std::fabs(second) * rounding(T{}));
-        }
-    }
 }
 
 int64_t first_largest(const std::vector<float>& x) {
@@ -213,135 +137,78 @@ struct State {
     int64_t width;
 };
 
-bool close(const std::vector<float>& x, const std::vector<float>& y) {  // exp2 and a few products apart
+// exp2 and a few products apart; more if what went into exp2 was apart.
+bool close(const std::vector<float>& x, const std::vector<float>& y, float tolerance = 1e-6f) {
     bool all = true;
-    for (size_t i = 0; i < x.size(); ++i) all &= std::fabs(x[i] - y[i]) <= 1e-6f * std::fabs(y[i]);
+    for (size_t i = 0; i < x.size(); ++i) all &= std::fabs(x[i] - y[i]) <= tolerance * std::fabs(y[i]);
     return all;
 }
 
-// Chunks after each other; `out` counts how often it was scaled, being 1 at first.
-void test_softmax(const RowKernels& rows) {
+// Chunks after each other, of which some rows see nothing; `out` counts how often it was scaled, being
+// 1 at first.
+void test_softmax(const RowKernels& rows, bool scaled, float cap) {
     constexpr int64_t kRows = 10, kWidth = 32;
-    for (bool scaled : {false, true}) {
-        State state(kRows, kWidth), exact(kRows, kWidth);
-        std::fill(state.out.begin(), state.out.end(), 1.0f);
-        std::fill(exact.out.begin(), exact.out.end(), 1.0f);
-        for (int64_t visible : {60, -1, 100}) {
-            std::vector<float> scores = numbers(kRows * kChunk, -20, 20), k_scales = numbers(kChunk, 0.1f, 2);
-            std::vector<float> v_scales = numbers(kChunk, 0.1f, 2), p(kRows * kChunk), q(kRows * kChunk), copy = scores;
-            SoftmaxChunk chunk{kRows, 3, visible, copy.data(), 0.7f, scaled ? k_scales.data() : nullptr,
-                               scaled ? v_scales.data() : nullptr, p.data(), state.view()};
-            rows.softmax_f32(chunk);
-            chunk.scores = scores.data();
-            chunk.probabilities = q.data();
-            chunk.state = exact.view();
-            scalar_rows.softmax_f32(chunk);
-            CHECK(state.max == exact.max);
-            CHECK(close(p, q));
-            for (int64_t i = 0; i < kRows * kChunk; ++i) {
-                CHECK(i % kChunk < visible + i / kChunk / 3 || bits_of(p[i]) == 0, "a hidden column counts");
-            }
+    const float tolerance = cap > 0 ? 4e-6f : 1e-6f;  // 3 ulp of tanh, times a cap of 6
+    State state(kRows, kWidth), exact(kRows, kWidth);
+    std::fill(state.out.begin(), state.out.end(), 1.0f);
+    std::fill(exact.out.begin(), exact.out.end(), 1.0f);
+    const struct {
+        int64_t begin, end, step;
+    } ranges[] = {{-100, 60, 1}, {62, 80, 1}, {-5, -1, 1}, {0, 100, 0}, {17, 50, 0}, {47, 48, 1}};
+    for (const auto& [begin, end, step] : ranges) {
+        std::vector<float> scores = numbers(kRows * kChunk, -20, 20), k_scales = numbers(kChunk, 0.1f, 2);
+        std::vector<float> v_scales = numbers(kChunk, 0.1f, 2), p(kRows * kChunk), q(kRows * kChunk), copy = scores;
+        const State before = state;
+        SoftmaxChunk chunk{kRows, 3, begin, end, step, copy.data(), cap > 0 ? 0.1f : 0.7f, cap,
+                           scaled ? k_scales.data() : nullptr, scaled ? v_scales.data() : nullptr, p.data(),
+                           state.view()};
+        rows.softmax_f32(chunk);
+        chunk.scores = scores.data();
+        chunk.probabilities = q.data();
+        chunk.state = exact.view();
+        scalar_rows.softmax_f32(chunk);
+        CHECK(cap > 0 ? close(state.max, exact.max) : state.max == exact.max);
+        CHECK(close(p, q, tolerance));
+        for (int64_t i = 0; i < kRows * kChunk; ++i) {
+            const int64_t moved = i / kChunk / 3 * step, column = i % kChunk;
+            const bool is_seen = column >= begin + moved && column < end + moved;
+            CHECK(is_seen || bits_of(p[i]) == 0, "a hidden column counts");
         }
-        CHECK(close(state.sums, exact.sums) && close(state.out, exact.out));
+        for (int64_t row = 0; row < kRows; ++row) {
+            const int64_t moved = row / 3 * step;
+            if (begin + moved < kChunk && end + moved > 0) continue;
+            CHECK(bits_of(state.max[row]) == bits_of(before.max[row]), "what a row does not see counts");
+            CHECK(!memcmp(&state.sums[row * kSumLanes], &before.sums[row * kSumLanes], kSumLanes * sizeof(float)));
+            CHECK(!memcmp(&state.out[row * kWidth], &before.out[row * kWidth], kWidth * sizeof(float)));
+        }
     }
+    CHECK(close(state.sums, exact.sums, tolerance) && close(state.out, exact.out, tolerance));
 }
 
-void run(int num_threads, int64_t kind, const void* args, const penstock_step& step) {
-    const penstock_op op{kind, args};
-    penstock_pool* pool = penstock_pool_create(num_threads, nullptr);
-    CHECK(penstock_reserve(pool, &op, 1, step.num_tokens, step.num_logit_rows) >= 0, "%s", penstock_last_error());
-    CHECK(penstock_run(pool, &op, 1, &step) == 0);
-    penstock_pool_destroy(pool);
-}
-
-void test_ops(int num_threads) {
-    constexpr int64_t kTokens = 9, kSize = 70, kVocab = 100;
-    penstock_step step{};
-    step.num_tokens = kTokens;
-    std::vector<int64_t> ids(kTokens), positions(kTokens);
-    for (int64_t i = 0; i < kTokens; ++i) {
-        ids[i] = static_cast<int64_t>(generator() % kVocab);
-        positions[i] = i * 1237;
+// A row's end, with a sink or none; and a part of which a row saw nothing.
+void test_finish(const RowKernels& rows) {
+    constexpr int64_t kWidth = 32, kSize = 21;
+    State state(1, kWidth), unseen(1, kWidth);
+    state.max = {3.0f};
+    state.sums = numbers(kSumLanes, 0.1f, 1);
+    state.out = numbers(kWidth, -5, 5);
+    double total = 0;
+    for (float sum : state.sums) total += sum;
+    for (float sink : {-INFINITY, -40.0f, 1.0f, 3.0f, 9.0f, 200.0f}) {
+        std::vector<float> out(kSize + 1, 7.0f);
+        rows.finish_f32(state.view(), 0, sink, out.data(), kSize);
+        for (int64_t i = 0; i < kSize; ++i) {
+            const double expected = state.out[i] / (total + std::exp2(sink - 3.0));
+            const double budget = 2e-6 * std::fabs(expected) + 1e-38;
+            CHECK(std::fabs(out[i] - expected) <= budget, "sink %g: %g, not %g", sink, out[i], expected);
+        }
+        CHECK(out[kSize] == 7.0f);
     }
-    step.input_ids = ids.data();
-    step.positions = positions.data();
-
-    const std::vector<float> table = numbers(kVocab * kSize);
-    penstock_weight weight{};
-    weight.format = PENSTOCK_F32;
-    weight.num_rows = kVocab;
-    weight.num_columns = kSize;
-    CHECK(penstock_weight_layout(&weight) == 0);
-    weight.data = aligned_alloc(64, weight.data_bytes);
-    penstock_pool* pool = penstock_pool_create(1, nullptr);
-    const penstock_pack_args packing{weight, table.data(), PENSTOCK_F32, 1, 0, kVocab};
-    CHECK(penstock_pack(pool, &packing) == 0);
-    penstock_pool_destroy(pool);
-    std::vector<float> out(kTokens * 80);
-    const penstock_embed_args embed{weight, out.data(), 80};
-    run(num_threads, PENSTOCK_OP_EMBED, &embed, step);
-    for (int64_t i = 0; i < kTokens * kSize; ++i) {
-        CHECK(out[i / kSize * 80 + i % kSize] == table[ids[i / kSize] * kSize + i % kSize]);
-    }
-    free(weight.data);
-
-    const std::vector<float> frequencies = numbers(12, 0.001f, 1);
-    std::vector<float> angles(kTokens * 24);
-    const penstock_angles_args angle_args{frequencies.data(), angles.data(), 12};
-    run(num_threads, PENSTOCK_OP_ANGLES, &angle_args, step);
-    for (int64_t i = 0; i < kTokens * 12; ++i) {
-        const double angle = static_cast<float>(positions[i / 12]) * frequencies[i % 12];
-        CHECK(std::fabs(angles[i / 12 * 24 + i % 12] - std::cos(angle)) < 2e-7);
-        CHECK(std::fabs(angles[i / 12 * 24 + 12 + i % 12] - std::sin(angle)) < 2e-7);
-    }
-
-    // 3 heads of 24 in rows of 80: what lies behind the heads stays.
-    std::vector<float> x = numbers(kTokens * 80), rotated = x;
-    const penstock_rope_args rope{angles.data(), rotated.data(), 80, 12, 3, PENSTOCK_F32};
-    run(num_threads, PENSTOCK_OP_ROPE, &rope, step);
-    for (int64_t token = 0; token < kTokens; ++token) {
-        kernels().rows->rope_f32(angles.data() + token * 24, x.data() + token * 80, 3, 12);
-    }
-    CHECK(rotated == x);
-
-    const std::vector<float> scale = numbers(kSize);
-    std::vector<float> residual = numbers(kTokens * 80), normed(kTokens * 72), expected(kTokens * 72);
-    std::vector<float> copy = residual;
-    const penstock_norm_args norm{residual.data(), 80,  x.data(), 80,    scale.data(),
-                                  normed.data(),   72, kSize,    1e-6f, PENSTOCK_F32};
-    run(num_threads, PENSTOCK_OP_NORM, &norm, step);
-    for (int64_t token = 0; token < kTokens; ++token) {
-        kernels().rows->norm_f32(copy.data() + token * 80, x.data() + token * 80, scale.data(),
-                                 expected.data() + token * 72, kSize, 1e-6f);
-    }
-    CHECK(residual == copy && normed == expected);
-}
-
-void test_refusals() {
-    penstock_pool* pool = penstock_pool_create(1, nullptr);
-    const auto refused = [&](int64_t kind, const void* args) {
-        const penstock_op op{kind, args};
-        return penstock_reserve(pool, &op, 1, 1, 1) < 0;
-    };
-    float x[64];
-    const penstock_norm_args good{x, 8, x, 8, x, x, 8, 8, 1e-5f, PENSTOCK_F32};
-    CHECK(!refused(PENSTOCK_OP_NORM, &good));
-    penstock_norm_args norm = good;
-    norm.dtype = PENSTOCK_INT8;
-    CHECK(refused(PENSTOCK_OP_NORM, &norm));
-    norm = good;
-    norm.residual_stride = 7;
-    CHECK(refused(PENSTOCK_OP_NORM, &norm));
-    norm = good;
-    norm.eps = NAN;
-    CHECK(refused(PENSTOCK_OP_NORM, &norm));
-    const penstock_angles_args angles{x, x, 0};
-    CHECK(refused(PENSTOCK_OP_ANGLES, &angles));
-    const penstock_rope_args rope{x, x, 15, 4, 2, PENSTOCK_F32};
-    CHECK(refused(PENSTOCK_OP_ROPE, &rope));
-    const penstock_embed_args embed{};
-    CHECK(refused(PENSTOCK_OP_EMBED, &embed));
-    penstock_pool_destroy(pool);
+    const State before = state;
+    rows.merge(1, state.view(), unseen.view());
+    CHECK(state.max == before.max && state.sums == before.sums && state.out == before.out);
+    rows.merge(1, unseen.view(), state.view());
+    CHECK(unseen.max == before.max && unseen.sums == before.sums && unseen.out == before.out);
 }
 
 }  // namespace
@@ -353,20 +220,15 @@ int main() {
         const RowKernels& rows = *kernels().rows;
         test_conversions(rows);
         test_exp(rows);
-        test_norm<float>(rows.norm_f32);
-        test_norm<uint16_t>(rows.norm_bf16);
-        test_rope<float>(rows.rope_f32);
-        test_rope<uint16_t>(rows.rope_bf16);
         test_argmax(rows);
         test_above(rows);
         test_format<float>(rows, kKvF32);
         test_format<uint16_t>(rows, kKvBf16);
         test_format<int8_t>(rows, kKvInt8);
-        test_softmax(rows);
-        for (int num_threads : {1, 4}) {
-            test_ops(num_threads);
+        for (bool scaled : {false, true}) {
+            for (float cap : {0.0f, 6.0f}) test_softmax(rows, scaled, cap);
         }
+        test_finish(rows);
     }
-    test_refusals();
     return failures() != 0;
 }

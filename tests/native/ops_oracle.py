@@ -49,14 +49,35 @@ def rotated(x: F64, positions: Array, frequencies: Array) -> F64:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2)
 
 
-def attention(q: F64, k: F64, v: F64, scale: float) -> F64:
-    """The last queries of one request over its context: q [t, H, D], k and v [c, Hkv, D]."""
+def attention(
+    q: F64,
+    k: F64,
+    v: F64,
+    scale: float,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: F64 | None = None,
+    is_causal: bool = True,
+) -> F64:
+    """The last queries of one request over its context: q [t, H, D], k [c, Hkv, D], v [c, Hkv, Dv].
+
+    `sinks` [H]: scores without a value. Not causal: every query sees the whole context.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     scores = np.einsum("thd,chd->htc", q, k) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
     num, context = q.shape[0], k.shape[0]
-    hidden = np.arange(context) > np.arange(context - num, context)[:, None]
+    ages = np.arange(context - num, context)[:, None] - np.arange(context)
+    hidden = np.full(ages.shape, False)
+    if is_causal:
+        hidden = (ages < 0) | (ages >= (window or context))
     scores = np.where(hidden, -np.inf, scores)
-    weights = np.exp(scores - scores.max(2, keepdims=True))
-    weights /= weights.sum(2, keepdims=True)
-    return np.einsum("htc,chd->thd", weights, v)
+    peaks = scores.max(2, keepdims=True)
+    weights = np.exp(scores - peaks)
+    totals = weights.sum(2, keepdims=True)
+    if sinks is not None:
+        totals += np.exp(sinks[:, None, None] - peaks)
+    return np.einsum("htc,chd->thd", weights / totals, v)

@@ -25,6 +25,7 @@ from penstock.native.program import Program
 from penstock.native.sampling import Sampler
 from penstock.native.structs import LinearArgs, OpKind, SampleArgs
 from penstock.native.weights import PackedWeight, Placement
+from penstock.quantization.schemes import Format
 
 library = load()
 
@@ -54,7 +55,7 @@ def choose(pool):
 
 def packed(pool):
     source = np.random.default_rng(0).standard_normal((512, 256)).astype(np.float32)
-    weight = PackedWeight(pool, "int8", 0, 512, 256, Arena())
+    weight = PackedWeight(pool, Format("int8"), 512, 256, Arena())
     weight.pack(source.view(np.uint8).reshape(-1), "float32", 512, Placement())
     return weight
 
@@ -64,7 +65,7 @@ def product(pool, weight):
     program = Program(pool, 64, 1)
     x, y = program.value(256, "float32"), program.value(512, "float32")
     args = LinearArgs(weight=weight.struct, x_stride=256, y_stride=512, activation_bits=8)
-    args.num_outputs = 512
+    args.num_outputs, args.num_groups, args.y_scale = 512, 1, 1.0
     program.append(OpKind.LINEAR, args, x=x, y=y)
     part = program.end_part()
     program.finish()

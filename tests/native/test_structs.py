@@ -24,12 +24,17 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "penstock_step": structs.Step,
     "penstock_weight": structs.Weight,
     "penstock_pack_args": structs.PackArgs,
+    "penstock_pack_codes_args": structs.PackCodesArgs,
     "penstock_embed_args": structs.EmbedArgs,
     "penstock_norm_args": structs.NormArgs,
+    "penstock_slice_norm_args": structs.SliceNormArgs,
+    "penstock_add_args": structs.AddArgs,
+    "penstock_copy_args": structs.CopyArgs,
     "penstock_linear_args": structs.LinearArgs,
     "penstock_angles_args": structs.AnglesArgs,
     "penstock_rope_args": structs.RopeArgs,
     "penstock_attention_args": structs.AttentionArgs,
+    "penstock_experts_args": structs.ExpertsArgs,
     "penstock_sample_args": structs.SampleArgs,
     "penstock_op": structs.Op,
 }
@@ -42,6 +47,10 @@ ENUMS: dict[str, dict[str, int] | type[IntEnum]] = {
     "penstock_op_kind": structs.OpKind,
     "penstock_rows": structs.Rows,
     "penstock_epilogue": structs.Epilogue,
+    "penstock_activation": structs.Activation,
+    "penstock_norm_kind": structs.NormKind,
+    "penstock_code": structs.Code,
+    "penstock_scoring": structs.Scoring,
 }
 
 
@@ -53,9 +62,10 @@ def header() -> str:
 
 def field(declaration: str) -> tuple[str, Any]:
     """`const float* bias` to ("bias", c_void_p)."""
-    found = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)", declaration.strip())
+    found = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?", declaration.strip())
     assert found, declaration
-    return found[3], ctypes.c_void_p if found[2] else SCALARS[found[1]]
+    kind = ctypes.c_void_p if found[2] else SCALARS[found[1]]
+    return found[3], kind * int(found[4]) if found[4] else kind
 
 
 def test_structs(header: str) -> None:

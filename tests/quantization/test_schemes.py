@@ -7,9 +7,9 @@ import ctypes
 import pytest
 
 from penstock.native import library as native
-from penstock.native.structs import DTYPES, Weight
-from penstock.native.weights import padded_rows
-from penstock.quantization.schemes import NATIVE_NAMES, Format, packed_bytes, scheme
+from penstock.native.weights import padded_rows, weight_of
+from penstock.quantization.codes import Code, CodeForm
+from penstock.quantization.schemes import NATIVE_NAMES, Format, coded, packed_bytes, scheme
 
 FORMATS = {
     form
@@ -17,20 +17,24 @@ FORMATS = {
     for dtype in ("float32", "bfloat16")
     for form in scheme(name, dtype)[:2]
 }
+CODES: tuple[Code, ...] = ("int4", "nf4", "int8", "e4m3")
+CODED = [
+    coded(CodeForm(code, group_size, scales, has_minima))
+    for code in CODES
+    for group_size in (0, 16, 32, 64, 96, 128, 256, 1024)
+    for scales in ("float32", "float16", "int8")
+    for has_minima in (False, True)
+    if scales != "int8" or group_size in {16, 32, 64, 128, 256}
+]
 SHAPES = [(1, 1), (16, 64), (17, 65), (100, 191), (1536, 576), (49152, 576), (33, 4097)]
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
+@pytest.mark.parametrize("form", [*sorted(FORMATS), *CODED], ids=str)
 def test_packed_bytes(form: Format) -> None:
     if reason := native.unavailable_reason():
         pytest.skip(reason)
     for num_rows, num_columns in SHAPES:
-        weight = Weight(
-            format=DTYPES[form.dtype],
-            group_size=form.group_size,
-            num_rows=num_rows,
-            num_columns=num_columns,
-        )
+        weight = weight_of(form, num_rows, num_columns)
         native.load().call("penstock_weight_layout", ctypes.byref(weight))
         scale_bytes = 4 * padded_rows(num_rows) if form.dtype.startswith("int") else 0
         assert packed_bytes(form, num_rows, num_columns) == weight.data_bytes + scale_bytes
@@ -50,3 +54,20 @@ def test_bits_a_weight() -> None:
 def test_schemes_differ() -> None:
     assert len({scheme(name, "bfloat16") for name in NATIVE_NAMES}) == len(NATIVE_NAMES)
     assert scheme("none", "float32") != scheme("none", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"),
+    [
+        (CodeForm("int4", 32, "float16"), 4.5),  # Q4_0
+        (CodeForm("uint4", 32, "int8", has_minima=True), 4.75),  # Q4_K
+        (CodeForm("int8", 16, "int8"), 8.625),  # Q6_K
+        (CodeForm("int8", 32, "float16"), 8.5),  # Q8_0
+        (CodeForm("uint4", 128, has_minima=True), 4.5),  # GPTQ, AWQ
+        (CodeForm("nf4", 64), 4.5),
+        (CodeForm("fp4", 32), 5),  # MXFP4
+        (CodeForm("e4m3", 128), 8.25),  # fp8 in blocks
+    ],
+)
+def test_bits_a_coded_weight(form: CodeForm, bits: float) -> None:
+    assert packed_bytes(coded(form), 2048, 8192) * 8 == bits * 2048 * 8192

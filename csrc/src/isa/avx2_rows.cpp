@@ -1,6 +1,7 @@
 // Row kernels with AVX2 and FMA.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -69,6 +70,12 @@ inline Vector keep_first(Vector x, int64_t count, float otherwise) {
     const int32_t kept = static_cast<int32_t>(count < 0 ? 0 : count > kLanes ? kLanes : count);
     const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32(kept), lanes);
     return _mm256_blendv_ps(_mm256_set1_ps(otherwise), x, _mm256_castsi256_ps(first));
+}
+inline Vector drop_first(Vector x, int64_t count, float otherwise) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const int32_t dropped = static_cast<int32_t>(count < 0 ? 0 : count > kLanes ? kLanes : count);
+    const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32(dropped), lanes);
+    return _mm256_blendv_ps(x, _mm256_set1_ps(otherwise), _mm256_castsi256_ps(first));
 }
 inline uint32_t nan_lanes(Vector x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 inline uint32_t equal_lanes(Vector a, Vector b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }

@@ -1,6 +1,7 @@
 // Row kernels with AVX-512.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -60,6 +61,10 @@ inline void store_probabilities(Vector x, float* out) { store(x, out); }
 inline Vector keep_first(Vector x, int64_t count, float otherwise) {
     const __mmask16 kept = count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
     return _mm512_mask_mov_ps(_mm512_set1_ps(otherwise), kept, x);
+}
+inline Vector drop_first(Vector x, int64_t count, float otherwise) {
+    const __mmask16 dropped = count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+    return _mm512_mask_mov_ps(x, dropped, _mm512_set1_ps(otherwise));
 }
 inline uint32_t nan_lanes(Vector x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 inline uint32_t equal_lanes(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

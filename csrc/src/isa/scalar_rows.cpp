@@ -17,22 +17,54 @@ float number(int8_t value) { return value; }
 void store(float value, float& out) { out = value; }
 void store(float value, uint16_t& out) { out = f32_to_bf16(value); }
 
-template <typename T>
-void norm(float* residual, const T* x, const float* weight, T* out, int64_t size, float eps) {
-    float squares = 0;
+// out = norm(x) * weight + bias.
+template <typename T, typename Out>
+void norm_numbers(const T* x, Out* out, int64_t size, float eps, bool is_centered, const float* weight,
+                  const float* bias) {
+    float sum = 0, squares = 0;
+    for (int64_t i = 0; is_centered && i < size; ++i) sum += number(x[i]);
+    const float mean = sum / static_cast<float>(size);
     for (int64_t i = 0; i < size; ++i) {
-        if (x) residual[i] += number(x[i]);
-        squares = std::fma(residual[i], residual[i], squares);
+        const float off = number(x[i]) - mean;
+        squares = std::fma(off, off, squares);
     }
     const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
-    for (int64_t i = 0; i < size; ++i) store(residual[i] * inverse * weight[i], out[i]);
+    for (int64_t i = 0; i < size; ++i) {
+        const float normed = (number(x[i]) - mean) * inverse;
+        store((weight ? normed * weight[i] : normed) + (bias ? bias[i] : 0.0f), out[i]);
+    }
 }
 
 template <typename T>
-void rope(const float* angles, T* x, int64_t num_heads, int64_t half) {
+void add(float* residual, const void* x, float scale, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) residual[i] = std::fma(number(static_cast<const T*>(x)[i]), scale, residual[i]);
+}
+
+template <typename T, typename Out>
+void norm(const NormRow& row) {
+    Out* out = static_cast<Out*>(row.out);
+    if (row.residual) {
+        if (row.x) add<T>(row.residual, row.x, row.x_scale, row.size);
+        norm_numbers(row.residual, out, row.size, row.eps, row.is_centered, row.weight, row.bias);
+    } else {
+        norm_numbers(static_cast<const T*>(row.x), out, row.size, row.eps, row.is_centered, row.weight, row.bias);
+    }
+}
+
+template <typename T>
+void norm_runs(const NormRuns& runs) {
+    T* x = static_cast<T*>(runs.x);
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+        const float* weight = runs.weight ? runs.weight + run * runs.weight_stride : nullptr;
+        norm_numbers(x + run * runs.size, x + run * runs.size, runs.size, runs.eps, runs.is_centered, weight, nullptr);
+    }
+}
+
+template <typename T>
+void rope(const float* angles, T* x, int64_t num_heads, int64_t head_stride, int64_t half) {
     for (int64_t i = 0; i < num_heads * half; ++i) {
         const float cosine = angles[i % half], sine = angles[half + i % half];
-        T& low = x[i / half * 2 * half + i % half];
+        T& low = x[i / half * head_stride + i % half];
         T& high = (&low)[half];
         const float a = number(low), b = number(high);
         store(a * cosine - b * sine, low);
@@ -42,6 +74,10 @@ void rope(const float* angles, T* x, int64_t num_heads, int64_t half) {
 
 void exponentials(const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = std::exp(x[i]);
+}
+
+void hyperbolic_tangents(const float* x, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = std::tanh(x[i]);
 }
 
 void to_bf16(const float* x, uint16_t* out, int64_t n) {
@@ -112,12 +148,14 @@ template <typename Out>
 void softmax(const SoftmaxChunk& chunk) {
     const SoftmaxState& state = chunk.state;
     for (int64_t row = 0; row < chunk.num_rows; ++row) {
-        const int64_t visible = chunk.first_visible + row / chunk.rows_per_query;
+        const int64_t moved = row / chunk.rows_per_query * chunk.step;
+        const auto is_seen = [&](int64_t i) { return i >= chunk.begin + moved && i < chunk.end + moved; };
         float* scores = chunk.scores + row * kChunk;
         float peak = state.max[row];
         for (int64_t i = 0; i < kChunk; ++i) {
-            if (i < visible) {
+            if (is_seen(i)) {
                 scores[i] *= chunk.k_scales ? chunk.scale * chunk.k_scales[i] : chunk.scale;
+                if (chunk.cap > 0) scores[i] = chunk.cap * std::tanh(scores[i]);
                 peak = std::fmax(peak, scores[i]);
             } else {
                 scores[i] = -INFINITY;
@@ -132,7 +170,7 @@ void softmax(const SoftmaxChunk& chunk) {
         for (int64_t i = 0; i < kChunk; ++i) {
             const float p = std::exp2(scores[i] - base);
             sums[i % kSumLanes] += p;
-            store(i < visible && chunk.v_scales ? p * chunk.v_scales[i] : p,
+            store(is_seen(i) && chunk.v_scales ? p * chunk.v_scales[i] : p,
                   static_cast<Out*>(chunk.probabilities)[row * kChunk + i]);
         }
         state.max[row] = peak;
@@ -147,6 +185,7 @@ float total(const float* sums) {
 
 void merge(int64_t num_rows, const SoftmaxState& into, const SoftmaxState& part) {
     for (int64_t row = 0; row < num_rows; ++row) {
+        if (part.max[row] == -INFINITY) continue;  // it sees nothing of the part
         const float peak = std::fmax(into.max[row], part.max[row]);
         const float base = peak == -INFINITY ? 0.0f : peak;
         const float kept = std::exp2(into.max[row] - base), added = std::exp2(part.max[row] - base);
@@ -163,19 +202,22 @@ void merge(int64_t num_rows, const SoftmaxState& into, const SoftmaxState& part)
 }
 
 template <typename Out>
-void finish(const SoftmaxState& state, int64_t row, Out* out, int64_t head_dim) {
-    const float inverse = 1.0f / total(state.sums + row * kSumLanes);
-    for (int64_t i = 0; i < head_dim; ++i) store(state.out[row * state.out_stride + i] * inverse, out[i]);
+void finish(const SoftmaxState& state, int64_t row, float sink, Out* out, int64_t size) {
+    const float peak = std::fmax(state.max[row], sink), kept = std::exp2(state.max[row] - peak);
+    const float inverse = kept / std::fma(total(state.sums + row * kSumLanes), kept, std::exp2(sink - peak));
+    for (int64_t i = 0; i < size; ++i) store(state.out[row * state.out_stride + i] * inverse, out[i]);
 }
 
 }  // namespace
 
 const RowKernels scalar_rows = {
-    norm<float>,
-    norm<uint16_t>,
+    {{norm<float, float>, norm<float, uint16_t>}, {norm<uint16_t, float>, norm<uint16_t, uint16_t>}},
+    {norm_runs<float>, norm_runs<uint16_t>},
+    {add<float>, add<uint16_t>},
     rope<float>,
     rope<uint16_t>,
     exponentials,
+    hyperbolic_tangents,
     to_bf16,
     to_f32,
     argmax,

@@ -1,9 +1,10 @@
 """The keys and values of every computed token, as the attention op reads them.
 
-Owns the memory: [layer, 2 * Hkv, slot, D], keys before values, and for int8 one scale for each
-token and head. Knows neither requests nor blocks. Pages are made when they are touched, and are
-small: the first tokens touch every layer and head, which in huge pages took 0.5 GiB of a model of
-1 B parameters, and attention over 4,000 tokens was as fast in small ones.
+Owns the memory: [layer, vector, slot, D], and for int8 one scale for each token and vector. The
+vectors of a token are its keys and values, 2 * Hkv, keys first; or one latent. Knows neither
+requests nor blocks. Pages are made when they are touched, and are small: the first tokens touch
+every layer and head, which in huge pages took 0.5 GiB of a model of 1 B parameters, and attention
+over 4,000 tokens was as fast in small ones.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ class KVMemory:
     """Keys and values of `num_slots` tokens in every layer."""
 
     def __init__(
-        self, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: str
+        self, num_layers: int, num_slots: int, num_vectors: int, size: int, dtype: str
     ) -> None:
+        """Memory for `num_vectors` vectors of `size` numbers a token: float32, bfloat16 or int8."""
         self.num_slots = num_slots
         self.dtype = dtype
-        num_vectors = 2 * num_kv_heads * num_slots
-        self._layer_bytes = num_vectors * head_dim * ITEM_BYTES[dtype]
-        self._scale_bytes = num_vectors * SCALE_BYTES if dtype == "int8" else 0
+        self._layer_bytes = num_vectors * num_slots * size * ITEM_BYTES[dtype]
+        self._scale_bytes = num_vectors * num_slots * SCALE_BYTES if dtype == "int8" else 0
         self.data = allocate(num_layers * self._layer_bytes, huge_pages=False)
         self.scales = allocate(num_layers * self._scale_bytes, huge_pages=False)
 

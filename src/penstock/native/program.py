@@ -58,6 +58,18 @@ class Buffer:
         """As the library has it."""
         return DTYPES[self.dtype]
 
+    def columns(self, first: int) -> Columns:
+        """What lies from number `first` of each row on, for an op that knows the row's width."""
+        assert 0 <= first < self.width, first
+        return Columns(self, first)
+
+
+class Columns(NamedTuple):
+    """The end of each row of a value."""
+
+    value: Buffer
+    first: int
+
 
 class Part(NamedTuple):
     """Some ops in sequence, which can be replayed alone."""
@@ -69,7 +81,7 @@ class Part(NamedTuple):
 class _Recorded(NamedTuple):
     kind: OpKind
     args: ctypes.Structure
-    values: dict[str, Buffer]  # by field of `args`: pointers to fill in
+    values: dict[str, Columns]  # by field of `args`: pointers to fill in
 
 
 class Program:
@@ -96,13 +108,17 @@ class Program:
         self._values.append(Buffer(width, dtype, rows))
         return self._values[-1]
 
-    def append(self, kind: OpKind, args: ctypes.Structure, **values: Buffer) -> None:
+    def append(self, kind: OpKind, args: ctypes.Structure, **values: Buffer | Columns) -> None:
         """Record an op. `values` are those of its arguments that point to values, by field."""
         index = len(self._recorded)
-        for value in values.values():
+        columns = {
+            field: value.columns(0) if isinstance(value, Buffer) else value
+            for field, value in values.items()
+        }
+        for value, _ in columns.values():
             value.first_op = index if value.first_op < 0 else value.first_op
             value.last_op = index
-        self._recorded.append(_Recorded(kind, args, values))
+        self._recorded.append(_Recorded(kind, args, columns))
 
     def end_part(self) -> Part:
         """Make the ops since the last part one that is replayed alone.
@@ -128,8 +144,9 @@ class Program:
         self._ops = (Op * len(self._recorded))()
         start = self._memory.ctypes.data
         for op, recorded in zip(self._ops, self._recorded, strict=True):
-            for field, value in recorded.values.items():
-                setattr(recorded.args, field, start + value.offset)
+            for field, (value, first) in recorded.values.items():
+                address = start + value.offset + first * _NUMPY[value.dtype].itemsize
+                setattr(recorded.args, field, address)
             op.kind, op.args = recorded.kind, ctypes.addressof(recorded.args)
         for part in self._parts:
             self._pointers[part.first] = ctypes.byref(self._ops[part.first])
