@@ -79,7 +79,7 @@ def test_integers_are_those_of_the_native_library(form: Format, shape: tuple[int
     if reason := library.unavailable_reason():
         pytest.skip(reason)
     values = numbers(*shape)
-    packed = PackedWeight(Pool(library.load(), 1), form.dtype, form.group_size, *shape, Arena())
+    packed = PackedWeight(Pool(library.load(), 1), form, *shape, Arena())
     packed.pack(values.numpy().view(np.uint8).reshape(-1), "float32", len(values), Placement())
     expected = unpack(form, packed.data, packed.scales, *shape)
     found = rows_of(filled(form, values, torch.device("cpu")))

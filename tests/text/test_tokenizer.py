@@ -275,7 +275,8 @@ def test_unknown_decoder_is_refused(tmp_path: Path, byte_level) -> None:
     if byte_level.name != "tiny-bytes":
         return
     content = json.loads((byte_level.path / "tokenizer.json").read_text())
-    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
+    ctc = {"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True}
+    for decoder in (None, ctc):
         content["decoder"] = decoder
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(UnsupportedModel, match="decoder"):

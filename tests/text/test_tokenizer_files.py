@@ -269,11 +269,6 @@ def test_a_vocabulary_of_another_class_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_file_that_is_not_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"tekken\.json"):
-        load_tokenizer(write(tmp_path, tekken__json={}))
-
-
 def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "MAX_FILE_BYTES", 100)
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "added_tokens.json"):

@@ -8,7 +8,10 @@ Invariant: `packed_bytes` is what the library takes (`tests/quantization/test_sc
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+from penstock.quantization.forms import UNIT_COLUMNS, CodeForm
 
 _PANEL_ROWS = 16
 _COLUMNS = 64  # what columns are padded to
@@ -25,11 +28,22 @@ class Format(NamedTuple):
     int8: a scale for each row. int4: a scale for each row and an integer factor of it, 0 to 15,
     for each group of columns, so that every weight is exactly an int8 one (QServe, Lin et al.
     2024). fp8: float8_e4m3fn, a scale for each row, or for each square block of a group's size
-    (DeepSeek-V3, 2024).
+    (DeepSeek-V3, 2024). codes4, codes8: as a quantized checkpoint has it, which `code` says.
     """
 
-    dtype: str  # float32, bfloat16, float16, int8, int4, fp8
-    group_size: int = 0  # columns in a group: 32 or 128 of int4, 0 or 128 of fp8
+    dtype: str  # float32, bfloat16, float16, int8, int4, fp8, codes4, codes8
+    group_size: int = 0  # columns in a group: 32 or 128 of int4, 0 or 128 of fp8, as `code` says
+    code: CodeForm | None = None
+
+
+def coded(form: CodeForm, activation_bits: int = 16) -> Format:
+    """How a backend stores what a checkpoint has in such codes.
+
+    Whole rows of int8 with activations of 8 bits are what `int8` is.
+    """
+    if activation_bits == 8 and form == CodeForm("int8", 0):
+        return Format("int8")
+    return Format(f"codes{form.bits}", form.group_size, form)
 
 
 class Scheme(NamedTuple):
@@ -70,6 +84,8 @@ def scheme(name: str, dtype: str) -> Scheme:
 
 def packed_bytes(form: Format, num_rows: int, num_columns: int) -> int:
     """Bytes of a matrix [num_rows, num_columns] as the native library packs it."""
+    if form.code is not None:
+        return _coded_bytes(form.code, num_rows, num_columns)
     unit = form.group_size if form.dtype == "int4" and form.group_size > _COLUMNS else _COLUMNS
     columns = _up(num_columns, unit)
     rows = _up(num_rows, _PANEL_ROWS)
@@ -79,6 +95,20 @@ def packed_bytes(form: Format, num_rows: int, num_columns: int) -> int:
         panel_bytes = columns * _PANEL_ROWS * _ITEM_BYTES[form.dtype]
     scale_bytes = rows * _SCALE_BYTES if form.dtype in {"int8", "int4"} else 0
     return rows // _PANEL_ROWS * _up(panel_bytes, _ALIGNMENT) + scale_bytes
+
+
+def _coded_bytes(form: CodeForm, num_rows: int, num_columns: int) -> int:
+    """The same of codes: of every panel the codes, and the scales and minima of each group."""
+    columns = _up(num_columns, _COLUMNS)
+    group_size = columns
+    if 0 < form.group_size < columns:
+        group_size = form.group_size
+        columns = _up(columns, math.lcm(_COLUMNS, group_size))
+    scale_bytes = columns // group_size * _ITEM_BYTES[form.scales]
+    if form.scales == "int8":
+        scale_bytes += -(-columns // UNIT_COLUMNS) * _SCALE_BYTES
+    row_bytes = columns * form.bits // 8 + scale_bytes * (2 if form.has_minima else 1)
+    return -(-num_rows // _PANEL_ROWS) * _up(row_bytes * _PANEL_ROWS, _ALIGNMENT)
 
 
 def device_bytes(form: Format, num_rows: int, num_columns: int) -> int:

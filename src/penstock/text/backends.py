@@ -121,6 +121,35 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().rstrip(".") or type(error).__name__
 
 
+def room_within(max_tokens: int, num_around: int) -> int:
+    """Tokens of text that may stay.
+
+    Raises:
+        InvalidField: none may.
+    """
+    if max_tokens <= num_around:
+        raise InvalidField(
+            f"`truncate_prompt_tokens` is `{max_tokens}`, and `{num_around}` tokens stand around "
+            "a text.",
+            field="truncate_prompt_tokens",
+            hint=f"leave room for more than `{num_around}`",
+        )
+    return max_tokens - num_around
+
+
+def shares_of(room: int, lengths: Sequence[int]) -> list[int]:
+    """How much of one text or of two may stay, the longer one being cut first."""
+    if sum(lengths) <= room:
+        return list(lengths)
+    if len(lengths) == 1:
+        return [room]
+    first, second = lengths
+    short, half = min(lengths), room // 2
+    if short > half:  # both are cut; the odd token stays with the longer one
+        return [room - half, half] if first > second else [half, room - half]
+    return [room - short, short] if first > second else [short, room - short]
+
+
 class HuggingFaceBackend:
     """A tokenizer of the `tokenizers` library.
 
@@ -207,6 +236,25 @@ class HuggingFaceBackend:
     def encode_plain(self, text: str, *, at_start: bool) -> list[int]:
         return self.encode_parts([text])
 
+    def encode_pair(
+        self, first: str, second: str | None, max_tokens: int | None
+    ) -> tuple[list[int], int]:
+        """See `Tokenizer.encode_pair`."""
+        library = self._library
+        with encoding():
+            texts = [library.encode(first, add_special_tokens=False)]
+            if second is not None:
+                texts.append(library.encode(second, add_special_tokens=False))
+        if max_tokens is not None:
+            num_around = library.num_special_tokens_to_add(second is not None)
+            room = room_within(max_tokens, num_around)
+            lengths = [len(text.ids) for text in texts]
+            for text, length in zip(texts, shares_of(room, lengths), strict=True):
+                text.truncate(length)
+        whole = library.post_process(*texts, add_special_tokens=True)
+        types: list[int] = whole.type_ids
+        return whole.ids, types.index(1) if 1 in types else 0
+
     def encode_parts(self, parts: Sequence[str]) -> list[int]:
         """See the function `encode_parts`."""
         texts = list(parts)
@@ -224,6 +272,7 @@ class _Speller:
         self._path = path
         self._byte_level = False
         self._byte_fallback = False
+        self._is_word_piece = False
         self._replacements: list[tuple[str, str]] = []
         self.drops_leading_space = False
         self._read(state)
@@ -237,6 +286,9 @@ class _Speller:
                 self._byte_level = True
             case {"type": "ByteFallback"}:
                 self._byte_fallback = True
+            case {"type": "WordPiece", "prefix": "##"}:
+                self._is_word_piece = True
+                self.drops_leading_space = True
             case {"type": "Fuse"}:
                 pass  # the bytes are always fused
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
@@ -260,6 +312,8 @@ class _Speller:
                 return piece.encode()
         if self._byte_fallback and (match := BYTE_PIECE.fullmatch(piece)):
             return bytes.fromhex(match[1])
+        if self._is_word_piece:
+            return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
         for old, new in self._replacements:
             piece = piece.replace(old, new)
         return piece.encode()
@@ -276,3 +330,4 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 BYTE_LETTERS = frozenset(_BYTE_OF)
+BYTES_LETTERS = sorted(_BYTE_OF, key=_BYTE_OF.__getitem__)  # by byte

@@ -24,6 +24,7 @@ class SentencePieceBackend:
             has under such an id is a placeholder.
         special: those of them that are no text.
         named: strings of special tokens, whose ids the model has if no one else.
+        proto: the serialized model, where it is not the content of `path`.
     """
 
     # Appended to a serialized model, these bytes set normalizer_spec.add_dummy_prefix to false:
@@ -39,10 +40,11 @@ class SentencePieceBackend:
         named: Iterable[str],
         add_bos: bool,
         add_eos: bool,
+        proto: bytes | None = None,
     ) -> None:
         import sentencepiece
 
-        proto = read_bytes(path)
+        proto = read_bytes(path) if proto is None else proto
         with loading(path, "SentencePiece model"):
             model = self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=proto + self._NO_PREFIX)

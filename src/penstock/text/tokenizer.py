@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
-from penstock.errors import ModelLoadError, UnsupportedModel
-from penstock.text.backends import Backend, encode_parts, split_at
+from penstock.errors import InvalidField, ModelLoadError
+from penstock.text.backends import (
+    Backend,
+    HuggingFaceBackend,
+    encode_parts,
+    room_within,
+    split_at,
+)
 from penstock.text.directory import MAX_TOKEN_CHARS, read_settings
 from penstock.text.huggingface import (
     END_OF_TEXT,
@@ -25,6 +32,7 @@ from penstock.text.huggingface import (
 from penstock.text.sentencepiece_backend import SentencePieceBackend
 
 _MAX_SPECIAL_SQUARES = 20_000_000  # memory of all their parts; 6,000 of 15 characters have 1.4e6
+TEKKEN = "tekken.json"
 _VERSION = re.compile(r"\.v(\d+)")
 # The last variation selector, which no character uses. It is no space, has no case, and counts as
 # printable, so that templates take it for an ordinary part of a word.
@@ -94,6 +102,35 @@ class Tokenizer:
         split = 1 if affixes[:1] == [self.bos_id] else 0
         return [*affixes[:split], *ids, *affixes[split:]]
 
+    def encode_pair(
+        self, first: str, second: str | None = None, *, max_tokens: int | None = None
+    ) -> tuple[list[int], int]:
+        """The ids of one text or of two as encoders read them, and where the second begins.
+
+        Special tokens are put around and between them and are parsed in the texts. More than
+        `max_tokens` in all are cut off the ends of the texts, off the longer one first.
+
+        Returns:
+            The ids, and the index of the first that has the second type; 0: all have the first.
+
+        Raises:
+            InvalidField: `max_tokens` leaves no room, or the tokenizer knows no pairs.
+        """
+        first = _well_formed(first)
+        second = None if second is None else _well_formed(second)
+        if isinstance(self._backend, HuggingFaceBackend):
+            return self._backend.encode_pair(first, second, max_tokens)
+        if second is not None:
+            raise InvalidField("The model's tokenizer knows no pairs of texts.", field="query")
+        ids = self._backend.encode(first, with_affixes=True)
+        if max_tokens is not None and len(ids) > max_tokens:
+            around = self._backend.encode("", with_affixes=True)
+            pairs = zip(around, ids, strict=False)
+            num_before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            room = room_within(max_tokens, len(around))
+            ids = ids[: num_before + room] + around[num_before:]
+        return ids, 0
+
     def guard(self, text: str, label: bool = False) -> str:
         """Break the special-token strings in a text from outside, also those that it could
         complete with what a template puts before and behind it.
@@ -161,8 +198,10 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a model directory, or one tokenizer file with what lies beside it.
 
-    `tokenizer.json` is taken first, then `tokenizer.model`, then the newest `*.model.v*`, then
-    GPT-2's `vocab.json` with `merges.txt`.
+    A GGUF file has its tokenizer in itself.
+
+    `tokenizer.json` is taken first, then `tokenizer.model`, then Mistral's `tekken.json` or the
+    newest `*.model.v*`, then GPT-2's `vocab.json` with `merges.txt`.
 
     Raises:
         ModelLoadError: no tokenizer is there, or a file is broken.
@@ -170,6 +209,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             is of a kind that is not known.
     """
     path = Path(path)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        from penstock.text.gguf_tokenizer import load_gguf  # which takes numpy
+
+        return _made(path, *load_gguf(path))
     settings = read_settings(path if path.is_dir() else path.parent)
     file = _find_file(path)
     named = settings.named
@@ -181,6 +224,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         settings = settings._replace(named=named, special=[*settings.special, *named.values()])
     if file.name == VOCABULARY:
         backend = from_vocabulary(file, settings)
+    elif file.name.startswith("tekken") and file.suffix == ".json":
+        from penstock.text.tekken import from_tekken
+
+        backend, own = from_tekken(file, settings)
+        named = own | named
     elif file.suffix == ".json":
         backend = from_tokenizer_json(file, settings)
     else:
@@ -193,8 +241,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             add_eos=bool(settings.add_eos),
         )
         named = {**backend.named_tokens, **named}
+    return _made(file, backend, named, settings.chat_templates)
+
+
+def _made(
+    file: Path, backend: Backend, named: Mapping[str, str], chat_templates: Mapping[str, str]
+) -> Tokenizer:
     try:
-        return Tokenizer(backend, special_tokens=named, chat_templates=settings.chat_templates)
+        return Tokenizer(backend, special_tokens=named, chat_templates=chat_templates)
     except ModelLoadError as error:
         raise ModelLoadError(f"`{file}` cannot be used: {error.message}") from error
 
@@ -202,7 +256,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _find_file(path: Path) -> Path:
     if path.is_file():
         return path
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in ("tokenizer.json", "tokenizer.model", TEKKEN):
         if (path / name).is_file():
             return path / name
     versions = [f for f in path.glob("*.model.v*") if _VERSION.match(f.suffix)]
@@ -210,15 +264,10 @@ def _find_file(path: Path) -> Path:
         return max(versions, key=lambda file: (int(_VERSION.findall(file.suffix)[0]), file.name))
     if (path / VOCABULARY).is_file():
         return path / VOCABULARY
-    if (path / "tekken.json").is_file():
-        raise UnsupportedModel(
-            f"The only tokenizer in `{path}` is `tekken.json`, which is not read.",
-            hint="put the `tokenizer.json` of the same model beside it.",
-        )
     raise ModelLoadError(
         f"`{path}` holds no tokenizer.",
-        hint="wanted is `tokenizer.json`, `tokenizer.model`, `*.model.v*`, or `vocab.json` with "
-        "`merges.txt`.",
+        hint="wanted is `tokenizer.json`, `tokenizer.model`, `tekken.json`, `*.model.v*`, or "
+        "`vocab.json` with `merges.txt`.",
     )
 
 

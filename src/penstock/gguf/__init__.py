@@ -1,0 +1,1 @@
+"""GGUF files: one file that holds the weights, the sizes and the tokenizer of a model."""
