@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from penstock.errors import ConfigError
-
 NAMES = ("brook", "brook-draft")
 
 
@@ -14,20 +12,3 @@ def path(name: str) -> Path:
     if name not in NAMES:
         raise KeyError(name)
     return Path(__file__).parent / name
-
-
-def resolve_model(name: str) -> Path:
-    """The directory that `name` means: a model that ships with penstock, or a directory itself.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if name in NAMES:  # `./brook` is the directory of that name
-        return path(name)
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
-    raise ConfigError(
-        f"`model` is `{name}`, which is neither a directory nor a built-in model.",
-        hint="built-in: " + ", ".join(f"`{known}`" for known in NAMES),
-    )
