@@ -1,7 +1,8 @@
 """The offline API: prompts in, answers out, no server.
 
 `LLM` joins text (tokenizer, template, stop strings) to an `EngineCore` in this process and drives
-it step by step. Requests run in continuous batches; `run` hands answers out as they finish.
+it step by step. Requests run in continuous batches; `run` hands answers out as they finish. A model
+that pools is in `penstock.llm_pooling`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, final
 
-from penstock.builtin import resolve_model
 from penstock.engine.config import EngineConfig
-from penstock.engine.core import EngineCore
+from penstock.engine.locate import locate
+from penstock.engine.loop import Core
+from penstock.engine.make import make_core
 from penstock.errors import ConfigError, InvalidField, RequestError
+from penstock.llm_pooling import PoolingLLM, Prompt, as_prompts, progress_bar
 from penstock.text.stream import TextDelta, TextStream
 from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import load_tokenizer
 from penstock.types import EngineRequest, SamplingParams, TokenEvent, TokenLogprobs
 
-Prompt = str | Sequence[int]
 Message = dict[str, Any]
 
 
@@ -66,11 +68,12 @@ class Job:
 
 
 @final
-class LLM:
+class LLM(PoolingLLM):
     """A model, ready to answer.
 
     Args:
-        model: a built-in model (`brook`), or a directory in Hugging Face layout.
+        model: a built-in model (`brook`), a directory in Hugging Face layout, a GGUF file, or a
+            model of the hub (`org/name`), which is downloaded.
         options: any field of `EngineConfig`, such as `max_model_len` or `block_size`.
 
     Raises:
@@ -79,15 +82,15 @@ class LLM:
 
     def __init__(self, model: str = "brook", **options: Any) -> None:
         try:
-            self.config = EngineConfig(model=model, **options)
+            config = EngineConfig(model=model, **options)
         except TypeError as error:
             raise ConfigError(
                 f"{error}.", hint="the options are the fields of EngineConfig"
             ) from None
-        path = resolve_model(model)
-        self.tokenizer = load_tokenizer(path)
+        self.config = locate(config)
+        self.tokenizer = load_tokenizer(self.config.path)
         self.template = ChatTemplate.for_tokenizer(self.tokenizer)
-        self.core = EngineCore.from_config(self.config)
+        self.core: Core = make_core(self.config)
         self._ids = count()
         self._live: dict[str, tuple[_Entry, int]] = {}  # by engine request id; which answer it is
 
@@ -103,7 +106,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing was computed.
         """
-        many = _as_prompts(prompts)
+        many = as_prompts(prompts)
         jobs = [self.prepare(*pair) for pair in zip(many, _spread(params, len(many)), strict=True)]
         return self._collect(jobs, progress)
 
@@ -179,7 +182,7 @@ class LLM:
     def _collect(self, jobs: list[Job], progress: bool) -> list[Output]:
         done: dict[int, Output] = {}
         num_tokens = 0
-        with _progress_bar(len(jobs), progress) as bar:
+        with progress_bar(len(jobs), progress) as bar:
             # All are taken before the first step: a wrong one is told before anything is computed.
             for entry, _ in self._deltas(jobs, window=sys.maxsize):
                 if not entry.output.finished:
@@ -200,6 +203,12 @@ class LLM:
 
         Several such iterators may be open: whoever steps, steps for all.
         """
+        if self.core.info.pooling is not None:
+            raise InvalidField(
+                f"The model `{self.config.model}` pools; it writes no text.",
+                field="model",
+                hint="`penstock serve` answers for it; in Python: `embed`, `classify` or `score`",
+            )
         source = iter(jobs)
         inbox: _Inbox = deque()
         open_ids: set[str] = set()
@@ -298,14 +307,6 @@ class _Entry:
 _Inbox = deque[tuple[str, _Entry, TextDelta]]  # what an iterator has not handed out yet
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
-
-
 def _is_conversation(value: Sequence[Any]) -> bool:
     return bool(value) and isinstance(value[0], dict)
 
@@ -323,10 +324,3 @@ def _spread(
             hint="give one SamplingParams for all, or one for each prompt",
         )
     return list(params)
-
-
-def _progress_bar(total: int, wanted: bool) -> Any:
-    from tqdm import tqdm
-
-    # disable=None: no bar where stderr is not a terminal
-    return tqdm(total=total, unit="prompt", dynamic_ncols=True, disable=None if wanted else True)

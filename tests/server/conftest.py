@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `server_fakes`
 
-from server_fakes import FakeClient, Harness, Site, run_site
+from server_fakes import FakeClient, Harness, PoolingClient, Site, run_site
 
 from penstock.server.settings import ServerSettings
 
@@ -32,6 +32,24 @@ async def api(engine: FakeClient) -> AsyncIterator[Harness]:
     yield harness
     await harness.close()
     assert not engine.live, "a request is alive after its answer"
+
+
+@pytest.fixture
+async def pooling_api() -> AsyncIterator[Harness]:
+    """The application in front of an engine that embeds."""
+    engine = PoolingClient()
+    harness = Harness(engine)
+    yield harness
+    await harness.close()
+    assert not engine.live, "a request is alive after its answer"
+
+
+@pytest.fixture
+async def labels_api() -> AsyncIterator[Harness]:
+    """The application in front of an engine that classifies."""
+    harness = Harness(PoolingClient(labels=("no", "yes")))
+    yield harness
+    await harness.close()
 
 
 @pytest.fixture

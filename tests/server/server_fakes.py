@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +27,7 @@ from penstock.types import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    PoolingInfo,
     TokenEvent,
     TokenLogprobs,
     Usage,
@@ -215,6 +218,43 @@ class FakeClient:
         )
 
 
+def pooled_vector(token_ids: Sequence[int]) -> list[float]:
+    """What a `PoolingClient` makes of a text: numbers that are exact in float32, of length 1."""
+    angle = (len(token_ids), sum(token_ids) % 5, token_ids[0] % 3, 1)
+    chosen = max(range(4), key=lambda i: (angle[i], i))
+    vector = [0.0] * 4
+    vector[chosen], vector[(chosen + sum(token_ids)) % 3] = 0.8, 0.6
+    if sum(number * number for number in vector) < 0.9:
+        vector[chosen] = 1.0
+    return vector
+
+
+class PoolingClient(FakeClient):
+    """An engine that embeds, or with `labels` classifies, every text in one step."""
+
+    def __init__(self, *, labels: tuple[str, ...] = (), **changes: Any) -> None:
+        super().__init__(lambda request: [[]])
+        pooling = PoolingInfo(
+            kind="mean",
+            size=len(labels) or 4,
+            is_classifier=bool(labels),
+            is_normalised=not labels,
+            labels=labels,
+            **changes,
+        )
+        self.info = dataclasses.replace(self.info, eos_token_ids=(), pooling=pooling)
+        self.vector_of: Callable[[Sequence[int]], Sequence[float]] = pooled_vector
+
+    def _event(
+        self, request: EngineRequest, token_ids: list[int], num_before: int, *, first: bool
+    ) -> TokenEvent:
+        assert self.info.pooling is not None
+        vector = self.vector_of(request.prompt_token_ids)[: self.info.pooling.size]
+        usage = Usage(len(request.prompt_token_ids), 0, 0, 0.25)
+        data = struct.pack(f"<{len(vector)}f", *vector)
+        return TokenEvent(request.request_id, [], usage, FinishReason.STOP, vector=data)
+
+
 class Streamed(NamedTuple):
     """A streamed answer."""
 
@@ -232,9 +272,10 @@ class Harness:
         settings: ServerSettings | None = None,
         *,
         honours_priority: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.engine = engine
-        self.tokenizer = make_tokenizer()
+        self.tokenizer = tokenizer or make_tokenizer()
         self.app = create_app(
             engine,
             self.tokenizer,

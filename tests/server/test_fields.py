@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import openai.resources.chat.completions as openai_chat
 import openai.resources.completions as openai_completions
+import openai.resources.embeddings as openai_embeddings
 import pytest
 from server_fakes import Harness, error_of
 
@@ -27,6 +28,13 @@ from penstock.protocol.openai import (
     StreamOptions,
 )
 from penstock.protocol.parse import unsupported_fields
+from penstock.protocol.pooling import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    RerankText,
+    ScoreRequest,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -62,6 +70,11 @@ SAMPLING = {
     "priority": "test_chat.test_priority",
     "cache_salt": "test_chat.test_cache_salt",
     "return_token_ids": "test_chat.test_return_token_ids",
+}
+POOLED = {
+    "model": "test_pooling.test_model",
+    "user": "test_pooling.test_users_are_logged_as_digests",
+    "truncate_prompt_tokens": "test_pooling.test_truncation",
 }
 HONOURED: dict[type[msgspec.Struct], dict[str, str]] = {
     ChatRequest: SAMPLING
@@ -99,6 +112,29 @@ HONOURED: dict[type[msgspec.Struct], dict[str, str]] = {
         "continuous_usage_stats": "test_stream.test_continuous_usage",
     },
     ResponseFormat: {"type": "test_fields.test_values_that_ask_for_nothing"},
+    EmbeddingRequest: POOLED
+    | {
+        "input": "test_pooling.test_inputs",
+        "encoding_format": "test_pooling.test_encoding_formats",
+        "dimensions": "test_pooling.test_dimensions",
+        "prompt_name": "test_pooling.test_prompts",
+    },
+    ScoreRequest: POOLED
+    | {
+        "text_1": "test_pooling.test_scores",
+        "text_2": "test_pooling.test_scores",
+        "queries": "test_pooling.test_scores",
+        "documents": "test_pooling.test_scores",
+    },
+    RerankRequest: POOLED
+    | {
+        "query": "test_pooling.test_ranking",
+        "documents": "test_pooling.test_ranking",
+        "top_n": "test_pooling.test_ranking",
+        "return_documents": "test_pooling.test_ranking",
+    },
+    RerankText: {"text": "test_pooling.test_ranking"},
+    ClassifyRequest: POOLED | {"input": "test_pooling.test_labels"},
     TokenizeRequest: {
         "model": "test_tokens.test_model",
         "prompt": "test_tokens.test_tokenize",
@@ -133,11 +169,30 @@ BODIES: dict[type[msgspec.Struct], tuple[str, Any, str]] = {
         lambda f: {"messages": [USER], "response_format": {"type": "text", **f}},
         "response_format.",
     ),
+    EmbeddingRequest: ("/v1/embeddings", lambda f: {"input": "Hi", **f}, ""),
+    ScoreRequest: ("/v1/score", lambda f: {"text_1": "Hi", "text_2": "Hello", **f}, ""),
+    RerankRequest: ("/v1/rerank", lambda f: {"query": "Hi", "documents": ["Hello"], **f}, ""),
+    RerankText: (
+        "/rerank",
+        lambda f: {"query": "Hi", "documents": [{"text": "Hello", **f}]},
+        "documents[0].",
+    ),
+    ClassifyRequest: ("/classify", lambda f: {"input": "Hi", **f}, ""),
     TokenizeRequest: ("/tokenize", lambda f: {"prompt": "Hi", **f}, ""),
     DetokenizeRequest: ("/detokenize", lambda f: {"tokens": [1], **f}, ""),
 }
 TYPES = sorted(HONOURED, key=lambda cls: cls.__name__)
 REFUSED = [(cls, name) for cls in TYPES for name in unsupported_fields(cls)]
+
+
+@pytest.fixture
+def any_api(cls: type[msgspec.Struct], request: pytest.FixtureRequest) -> Harness:
+    """The application that serves such requests."""
+    name = "api"
+    if cls.__module__ == EmbeddingRequest.__module__:
+        name = "labels_api" if cls is ClassifyRequest else "pooling_api"
+    harness: Harness = request.getfixturevalue(name)
+    return harness
 
 
 @pytest.mark.parametrize("cls", TYPES)
@@ -163,6 +218,7 @@ def test_every_test_named_here_exists() -> None:
     [
         (ChatRequest, openai_chat.AsyncCompletions.create),
         (CompletionRequest, openai_completions.AsyncCompletions.create),
+        (EmbeddingRequest, openai_embeddings.AsyncEmbeddings.create),
     ],
 )
 def test_every_parameter_of_the_official_client_is_known(
@@ -175,19 +231,19 @@ def test_every_parameter_of_the_official_client_is_known(
 
 
 @pytest.mark.parametrize(("cls", "name"), REFUSED)
-async def test_refused_fields(api: Harness, cls: type[msgspec.Struct], name: str) -> None:
+async def test_refused_fields(any_api: Harness, cls: type[msgspec.Struct], name: str) -> None:
     """400 that names the field and says what to do, unless the value asks for nothing."""
     path, body, prefix = BODIES[cls]
     refusal = unsupported_fields(cls)[name]
     values: list[Any] = [{"a": 1}, [None], "x", 0, 7]
     for value in values:
-        response = await api.http.post(path, json=body({name: value}))
+        response = await any_api.http.post(path, json=body({name: value}))
         assert response.status_code == 400
         error = error_of(response)
         assert error["param"] == prefix + name
         assert "Hint: " in error["message"]
     for value in (None, False, [], {}, refusal.harmless):
-        assert (await api.http.post(path, json=body({name: value}))).status_code == 200
+        assert (await any_api.http.post(path, json=body({name: value}))).status_code == 200
 
 
 def test_what_is_harmless_beside_nothing() -> None:
@@ -198,9 +254,9 @@ def test_what_is_harmless_beside_nothing() -> None:
 
 
 @pytest.mark.parametrize("cls", TYPES)
-async def test_unknown_fields(api: Harness, cls: type[msgspec.Struct]) -> None:
+async def test_unknown_fields(any_api: Harness, cls: type[msgspec.Struct]) -> None:
     path, body, prefix = BODIES[cls]
-    response = await api.http.post(path, json=body({"colour": 1}))
+    response = await any_api.http.post(path, json=body({"colour": 1}))
     assert response.status_code == 400
     assert error_of(response)["param"] == prefix + "colour"
 

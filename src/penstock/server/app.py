@@ -27,7 +27,7 @@ from penstock.server.failures import HttpError, describe, to_response
 from penstock.server.gate import Gate
 from penstock.server.limits import BodyMiddleware, LimitsMiddleware, TextWorkers
 from penstock.server.metrics import EngineView, Metrics
-from penstock.server.routes import chat, completions, health, models, tokens
+from penstock.server.routes import chat, completions, health, models, pooling, tokens
 from penstock.server.service import Service, TextLimit, call_of
 from penstock.server.settings import ServerSettings
 from penstock.text.template import ChatTemplate
@@ -89,6 +89,11 @@ def _routes() -> list[Route]:
     return [
         Route("/v1/chat/completions", chat.endpoint, methods=["POST"]),
         Route("/v1/completions", completions.endpoint, methods=["POST"]),
+        Route("/v1/embeddings", pooling.embeddings, methods=["POST"]),
+        Route("/v1/score", pooling.score, methods=["POST"]),
+        Route("/v1/rerank", pooling.rerank, methods=["POST"]),
+        Route("/rerank", pooling.rerank, methods=["POST"]),
+        Route("/classify", pooling.classify, methods=["POST"]),
         Route("/v1/models", models.list_models),
         Route("/v1/models/{model:path}", models.get_model),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),

@@ -150,7 +150,7 @@ async def _run_answer(
             if piece.finish is not None:
                 return
     finally:
-        await _close(events)
+        await close(events)
 
 
 def _piece(
@@ -233,7 +233,7 @@ async def _merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _close(events: AsyncIterator[TokenEvent]) -> None:
+async def close(events: AsyncIterator[TokenEvent]) -> None:
     """Close the iterator of an engine client, which aborts what still runs."""
     if isinstance(events, AsyncGenerator):
         await events.aclose()

@@ -133,6 +133,11 @@ class Metrics:
         if num_tokens > 1:
             self._tpot.observe(decode_s / (num_tokens - 1))
 
+    def observe_pooled(self, queue_s: float) -> None:
+        """A text has its vector."""
+        self._answers.labels("pooled").inc()
+        self._queue.observe(queue_s)
+
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.protocol import native, openai
+from penstock.protocol import native, openai, pooling
 from penstock.protocol.parse import unsupported_fields
 
 _REF = "#/components/schemas/"
@@ -28,6 +28,14 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     openai.ModelList,
     openai.Model,
     openai.ErrorResponse,
+    pooling.EmbeddingRequest,
+    pooling.EmbeddingResponse,
+    pooling.ScoreRequest,
+    pooling.ScoreResponse,
+    pooling.RerankRequest,
+    pooling.RerankResponse,
+    pooling.ClassifyRequest,
+    pooling.ClassifyResponse,
     native.TokenizeRequest,
     native.TokenizeResponse,
     native.DetokenizeRequest,
@@ -43,6 +51,11 @@ _ROUTES: dict[str, tuple[str, str, str | None, str | None, str | None]] = {
     "/v1/completions": (
         *("post", "Continue a prompt", "CompletionRequest", "Completion", "Completion"),
     ),
+    "/v1/embeddings": ("post", "Embed texts", "EmbeddingRequest", "EmbeddingResponse", None),
+    "/v1/score": ("post", "Score pairs of texts", "ScoreRequest", "ScoreResponse", None),
+    "/v1/rerank": ("post", "Rank documents", "RerankRequest", "RerankResponse", None),
+    "/rerank": ("post", "The same", "RerankRequest", "RerankResponse", None),
+    "/classify": ("post", "Score labels of texts", "ClassifyRequest", "ClassifyResponse", None),
     "/v1/models": ("get", "The models served", None, "ModelList", None),
     "/v1/models/{model}": ("get", "One model", None, "Model", None),
     "/tokenize": ("post", "Text to tokens", "TokenizeRequest", "TokenizeResponse", None),

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 import uvloop
 
-from penstock.builtin import resolve_model
 from penstock.engine.client import EngineClient
 from penstock.engine.config import EngineConfig
+from penstock.engine.locate import locate
 from penstock.errors import ConfigError
+from penstock.hub import served_name
 from penstock.server.app import create_app
 from penstock.server.connection import bounded_protocol
 from penstock.server.gate import Gate
@@ -60,6 +61,7 @@ def serve(
     """
     configure_logging(settings.log_level)
     settings.keys()  # a wrong key file is told before a model is loaded
+    config = locate(config)
     with contextlib.closing(_bind(settings)) as listener:
         server = _Server(config, settings, listener, banner, make_client or _client_maker(settings))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -72,7 +74,7 @@ def default_model_name(config: EngineConfig) -> str:
     Raises:
         ConfigError: there is no such model.
     """
-    return resolve_model(config.model).resolve().name or config.model
+    return served_name(config.model)
 
 
 def _client_maker(settings: ServerSettings) -> MakeClient:
@@ -133,8 +135,7 @@ class _Server:
         start = asyncio.ensure_future(client.start())
         stop = asyncio.ensure_future(self._stop.wait())
         try:
-            path = resolve_model(self._config.model)
-            tokenizer = await asyncio.to_thread(load_tokenizer, path)
+            tokenizer = await asyncio.to_thread(load_tokenizer, self._config.path)
             template = ChatTemplate.for_tokenizer(tokenizer)
             await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done():

@@ -16,7 +16,7 @@ from penstock.errors import ConfigError
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _POSITIVE = (
     *("max_body_bytes", "max_bodies_bytes", "max_header_bytes", "max_connections"),
-    *("max_queue_tokens", "max_choices", "max_messages", "num_text_threads"),
+    *("max_queue_tokens", "max_choices", "max_inputs", "max_messages", "num_text_threads"),
     *("header_timeout_s", "body_timeout_s", "slow_reader_timeout_s"),
     *("keep_alive_s", "stall_timeout_s"),
 )
@@ -72,6 +72,7 @@ class ServerSettings:
         4_000_000, "prompt tokens of all open requests together; more get 429"
     )
     max_choices: int = _option(256, "answers of one HTTP request: prompts times n")
+    max_inputs: int = _option(2048, "texts of one request for embeddings or scores")
     max_logprobs: int = _option(20, "most likely tokens reported at a position")
     max_messages: int = _option(4096, "messages of one chat request")
     max_stop_strings: int = _option(32, "stop strings of one request")

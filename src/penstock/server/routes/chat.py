@@ -83,7 +83,7 @@ async def _answer(service: Service, call: Call, body: bytes) -> Response | Event
     return await _whole(chat)
 
 
-endpoint = WatchedEndpoint(_answer)
+endpoint = WatchedEndpoint(_answer, serves="generate")
 
 
 @dataclass(slots=True)

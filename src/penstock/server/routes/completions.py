@@ -119,7 +119,7 @@ async def _answer(service: Service, call: Call, body: bytes) -> Response | Event
     return await _whole(task)
 
 
-endpoint = WatchedEndpoint(_answer)
+endpoint = WatchedEndpoint(_answer, serves="generate")
 
 
 async def _parts(task: _Task) -> AsyncGenerator[tuple[Piece, _Part], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -23,12 +23,14 @@ from penstock.protocol.openai import (
 )
 from penstock.protocol.parse import decode_request
 from penstock.server.calls import Call, watch_client
+from penstock.server.failures import HttpError
 from penstock.server.generation import Tally
 from penstock.server.params import digest
 from penstock.server.service import Service, body_of, call_of, service_of
 from penstock.server.stream import EventStream
 
 T = TypeVar("T", bound=msgspec.Struct)
+Serves = Literal["any", "generate", "pooling"]
 Answer = Callable[[Service, Call, bytes], Awaitable[Response | EventStream]]
 
 encode_json = msgspec.json.Encoder().encode
@@ -40,12 +42,15 @@ class WatchedEndpoint:
     The function ends early if the client leaves or the deadline comes.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, *, serves: Serves = "any") -> None:
+        """`serves`: which kind of engine the route is for."""
         self._answer = answer
+        self._serves = serves
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         service, call = service_of(request), call_of(request)
+        _check_kind(service, self._serves)
         try:
             async with watch_client(call, receive):
                 async with call.interruptible():
@@ -56,6 +61,32 @@ class WatchedEndpoint:
                     await response(scope, receive, send)
         finally:
             service.gate.release(call)
+
+
+def _check_kind(service: Service, serves: Serves) -> None:
+    """Refuse what this server is not for.
+
+    Raises:
+        HttpError: 400, with what it is for.
+    """
+    pooling = service.client.info.pooling
+    if serves == "generate" and pooling is not None:
+        does = "scores" if pooling.is_classifier else "embeds"
+        raise HttpError(
+            400,
+            "wrong_route",
+            f"This server {does} texts with `{service.model_names[0]}` and writes none.",
+            hint="use /v1/rerank, /v1/score or /classify"
+            if pooling.is_classifier
+            else "use /v1/embeddings, /v1/score or /v1/rerank",
+        )
+    if serves == "pooling" and pooling is None:
+        raise HttpError(
+            400,
+            "wrong_route",
+            f"This server writes text with `{service.model_names[0]}`; it embeds and scores none.",
+            hint="use /v1/chat/completions, or start it with `--runner pooling`",
+        )
 
 
 async def read(service: Service, cls: type[T], body: bytes) -> T:
