@@ -185,6 +185,9 @@ class EngineRequest:
     params: SamplingParams
     priority: int = 0  # lower goes first; only the priority policy reads it
     salt: str = ""  # requests share cached prefixes only with those of the same salt
+    # Of a pair for an engine that pools: where the second text begins; 0: it is one text. Such an
+    # engine reads nothing of `params`, `priority` and `salt`.
+    second_start: int = 0
 
 
 class TokenLogprobs(NamedTuple):
@@ -215,6 +218,7 @@ class TokenEvent(NamedTuple):
     stop_token_id: int | None = None  # the token that ended it, which is also in token_ids
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, whole; [0] is None
+    vector: bytes | None = None  # of an engine that pools: float32, little-endian
 
 
 @dataclass(slots=True, kw_only=True)
@@ -236,6 +240,22 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingInfo:
+    """What an engine that pools answers a text with: an embedding, or scores of labels."""
+
+    kind: str  # cls, mean, max, mean_sqrt_len or last: which hidden states it takes
+    size: int  # numbers of an answer
+    is_classifier: bool  # they are scores
+    is_normalised: bool = False  # they are a vector of length 1
+    # To how many of its first numbers an embedding may be cut: (): any; None: it may not.
+    dimensions: tuple[int, ...] | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)  # put before a text, by name
+    default_prompt: str | None = None  # the name of the one that is put if none is named
+    is_lowercased: bool = False  # texts are, prompts included, before they are tokenized
+    labels: tuple[str, ...] = ()  # names of the scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What a front end must know of an engine."""
 
@@ -250,5 +270,6 @@ class EngineInfo:
     backend: str = ""
     quantization: str = "none"
     kv_cache_dtype: str = ""
+    pooling: PoolingInfo | None = None  # None: it generates
     plan: tuple[str, ...] = field(default=())  # the memory plan, one line each
     startup_s: Mapping[str, float] = field(default_factory=dict)  # seconds by phase

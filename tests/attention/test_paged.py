@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tests.models.llama_specs import SMALL, changed
 
 from penstock.attention import paged as backend
 from penstock.attention.paged import DeviceBatch, PagedLayer, TritonAttention, available, choose
@@ -18,7 +19,6 @@ from penstock.kernels.op import MODES, forced, triton_problem
 from penstock.kernels.paged import Case, case_tensors
 from penstock.kernels.paged_prefill import programs_at_once, schedule
 from penstock.models.device_footprint import SPLIT_K_BYTES
-from penstock.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -188,9 +188,7 @@ def test_larger_batches_leave_captured_plans_as_they_are() -> None:
 @pytest.mark.parametrize("dtype", PAGE_DTYPES)
 def test_pages_take_what_the_plan_of_memory_says(dtype: str) -> None:
     kv = KVPages(3, 5, 4, 2, 8, dtype)
-    spec = object.__new__(ModelSpec)
-    for name, value in {"num_layers": 3, "num_kv_heads": 2, "head_dim": 8}.items():
-        object.__setattr__(spec, name, value)
+    spec = changed(SMALL, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
     assert kv.num_bytes == 6 * 4 * spec.kv_bytes_per_token(dtype)
     assert kv.dummy_block == 5
     assert kv.key(2).shape == kv.value(0).shape == (6, 2, 4, 8)

@@ -96,7 +96,7 @@ def test_it_is_attention(
     generator = torch.Generator().manual_seed(seed)
     (num_heads, num_kv_heads), head_dim = heads, 8
     attention = ReferenceAttention()
-    kv = KVStore(2, 400 * block_size, num_kv_heads, head_dim, torch.float32)
+    kv = KVStore(2, 400 * block_size, 2 * num_kv_heads, head_dim, torch.float32)
     kv.data.normal_(generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         if small_groups:
@@ -118,7 +118,7 @@ def test_it_is_attention(
 def test_groups_and_pieces_are_made() -> None:
     """The grid above means little if everything fits into one group or piece."""
     attention = ReferenceAttention()
-    kv = KVStore(1, 4096, 1, 8, torch.float32)
+    kv = KVStore(1, 4096, 2, 8, torch.float32)
     generator = torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "GROUP_BYTES", 40 * 2 * 8 * 4)
@@ -136,7 +136,7 @@ def test_groups_and_pieces_are_made() -> None:
 
 def test_bfloat16() -> None:
     attention = ReferenceAttention()
-    kv = KVStore(1, 480, 2, 16, torch.bfloat16)
+    kv = KVStore(1, 480, 4, 16, torch.bfloat16)
     kv.data.normal_()
     batch = make_batch([(1, 30), (7, 50), (1, 3)], kv, 16, attention, torch.Generator())
     q, k, v = torch.split(torch.randn(9, 8, 16).bfloat16(), [4, 2, 2], 1)
@@ -156,7 +156,7 @@ def test_one_instance_serves_growing_contexts_and_other_formats() -> None:
         (torch.bfloat16, 601),
         (torch.float32, 7),
     ]:
-        kv = KVStore(1, 4096, 1, 8, dtype)
+        kv = KVStore(1, 4096, 2, 8, dtype)
         kv.data.normal_(generator=generator)
         batch = make_batch([(1, context), (3, context)], kv, 16, attention, generator)
         qkv = torch.randn(4, 4, 8, generator=generator).to(dtype)
@@ -179,7 +179,7 @@ def test_unsupported_gives_reasons() -> None:
 
 
 def test_kv_store_is_one_allocation_of_the_planned_size() -> None:
-    kv = KVStore(3, 50, 2, 8, torch.bfloat16)
+    kv = KVStore(3, 50, 4, 8, torch.bfloat16)
     num_bytes = kv.data.numel() * kv.data.element_size()
     assert num_bytes == 50 * 3 * 2 * 2 * 8 * 2
     assert not kv.data.any()

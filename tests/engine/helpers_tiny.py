@@ -226,7 +226,7 @@ class TinyModel:
     def _model(self, num_slots: int) -> Model:
         """A model whose KV store is full of what shows if it is read without being written."""
         if self._decoder is not None:  # of torch: its leaves know no KV store
-            kv = KVStore(2, num_slots, 2, 8, torch.float32)
+            kv = KVStore(2, num_slots, 4, 8, torch.float32)
             kv.data.fill_(POISON)
             return TorchModel(self._decoder, kv, ReferenceAttention())
         model = load_model(

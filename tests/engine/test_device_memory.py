@@ -27,6 +27,7 @@ from penstock.models.device_footprint import (
     FLASHINFER_BYTES,
     activation_bytes,
     scratch_bytes,
+    share_of,
     table_bytes,
 )
 from penstock.models.device_model import Share
@@ -153,7 +154,8 @@ def test_logits_are_planned_for_every_use(checkpoint: Path) -> None:
     logits = 300 * spec.vocab_size * item_bytes
     assert graphs.workspace_bytes - eager.workspace_bytes == 2 * logits
     tables = table_bytes(300, config.context_len, config.block_size)
-    step = activation_bytes(spec, config.dtype, "none", 400) + scratch_bytes(spec)
+    share = share_of(spec, 1)
+    step = activation_bytes(share, config.dtype, "none", 400) + scratch_bytes(share)
     assert eager.workspace_bytes == (
         (logits + 300 * spec.hidden_size * item_bytes)
         + 300 * spec.vocab_size * MASK_BYTES

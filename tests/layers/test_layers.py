@@ -12,9 +12,10 @@ import torch
 
 from penstock.layers.linear import Linear, packs, product
 from penstock.layers.materials import Materials
-from penstock.layers.norm import RMSNorm
+from penstock.layers.norm import Norm
 from penstock.layers.rotary import Rotary
 from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling, frequencies
+from penstock.layers.specs import NormSpec, RopeSpec
 from penstock.layers.toolkit import Layer, Part, StoredTensor
 from penstock.layers.torch_toolkit import TorchToolkit
 
@@ -33,6 +34,10 @@ def stored(name: str, values: torch.Tensor) -> StoredTensor:
     return StoredTensor(name, "F32", tuple(values.shape), data)
 
 
+def rotary_of(num_heads: int, head_dim: int, spec: RopeSpec) -> Rotary:
+    return Rotary(spec, FP32, first=0, num_heads=num_heads, head_dim=head_dim, offset=0)
+
+
 def load(layer: Layer) -> dict[str, torch.Tensor]:
     """Load random numbers, as far as the layer's format has them; them in fp64, by name."""
     given = {}
@@ -47,7 +52,7 @@ def load(layer: Layer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_rms_norm_is_its_definition(size: int, eps: float) -> None:
     torch.manual_seed(size)
-    norm = RMSNorm("norm", size, eps, FP32)
+    norm = Norm("norm", size, NormSpec(eps=eps), FP32)
     (scale,) = load(norm).values()
     norm.finish()
     x = torch.randn(5, size) * torch.tensor([1e-8, 1e-3, 1.0, 1e3, 1e8])[:, None]
@@ -59,7 +64,7 @@ def test_rms_norm_is_its_definition(size: int, eps: float) -> None:
 
 
 def test_rms_norm_adds_to_the_residual_in_place() -> None:
-    norm = RMSNorm("norm", 8, 1e-5, FP32)
+    norm = Norm("norm", 8, NormSpec(eps=1e-5), FP32)
     norm.finish()
     residual, x = torch.randn(3, 8), torch.randn(3, 8)
     total = residual + x
@@ -70,7 +75,7 @@ def test_rms_norm_adds_to_the_residual_in_place() -> None:
 
 
 def test_rms_norm_of_bf16_sums_in_fp32() -> None:
-    norm = RMSNorm("norm", 4096, 1e-6, BF16)
+    norm = Norm("norm", 4096, NormSpec(eps=1e-6), BF16)
     norm.finish()
     # In bf16 a sum of squares of ones would stop growing at 256.
     y = norm(torch.ones(1, 4096, dtype=torch.bfloat16))
@@ -102,7 +107,7 @@ def _llama3_frequency(frequency: float, scaling: Llama3Scaling) -> float:
 )
 def test_rotary_turns_pairs_by_their_angle(scaling: RopeScaling | None) -> None:
     head_dim, theta = 16, 1000.0
-    rotary = Rotary(3, head_dim, theta, scaling, FP32)
+    rotary = rotary_of(3, head_dim, RopeSpec(dim=head_dim, theta=theta, scaling=scaling))
     positions = torch.tensor([0, 1, 5, 250])
     x = torch.randn(4, 5, head_dim)
     qkv = x.reshape(4, -1).clone()
@@ -126,7 +131,7 @@ def test_rotary_turns_pairs_by_their_angle(scaling: RopeScaling | None) -> None:
 def test_angles_are_computed_once_a_step() -> None:
     """All layers share them through the batch, and another rotary has its own."""
     batch = batch_of(positions=torch.tensor([3]))
-    rotary, other = Rotary(1, 8, 100.0, None, FP32), Rotary(1, 8, 200.0, None, FP32)
+    rotary, other = (rotary_of(1, 8, RopeSpec(dim=8, theta=theta)) for theta in (100.0, 200.0))
     x = torch.randn(1, 8)
     first = rotary(x.clone(), batch).clone()
     batch.positions = None  # nobody looks again
@@ -152,7 +157,7 @@ def test_llama3_scaling_has_all_three_cases() -> None:
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=64
     )
     plain = np.array([1.0, 2 * math.pi / 30, 1e-3], np.float32)
-    ratios = scaling.apply(plain) / plain
+    ratios = scaling.apply(plain, 1e4) / plain
     assert ratios[0] == 1.0
     assert 1 / 8 < ratios[1] < 1.0
     assert ratios[2] == 1 / 8
@@ -182,7 +187,7 @@ def test_linear_joins_its_parts(materials: Materials, bias: bool, num_tokens: in
 def test_a_gated_linear_multiplies_its_halves(materials: Materials) -> None:
     torch.manual_seed(0)
     parts = [Part("gate", 7), Part("up", 7)]
-    linear = Linear(12, parts, bias=True, gated=True, materials=materials)
+    linear = Linear(12, parts, bias=True, gated=True, activation="silu", materials=materials)
     kept = load(linear)
     linear.finish()
     x = torch.randn(5, 12, dtype=materials.dtype)
@@ -196,7 +201,7 @@ def test_a_gated_linear_multiplies_its_halves(materials: Materials) -> None:
 
 def test_vectors_that_are_not_loaded_change_nothing() -> None:
     """What dummy weights rely on: scales are 1, biases 0."""
-    norm = RMSNorm("norm", 4, 1e-6, FP32)
+    norm = Norm("norm", 4, NormSpec(eps=1e-6), FP32)
     norm.finish()
     torch.testing.assert_close(norm(torch.ones(1, 4)), torch.ones(1, 4))
     linear = Linear(3, [Part("a", 2)], bias=True, materials=FP32)
@@ -208,7 +213,7 @@ def test_vectors_that_are_not_loaded_change_nothing() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_numbers_need_not_be_aligned(offset: int) -> None:
-    norm = RMSNorm("norm", 4, 1e-6, FP32)
+    norm = Norm("norm", 4, NormSpec(eps=1e-6), FP32)
     (weight,) = norm.weights()
     values = torch.randn(4)
     whole = stored(weight.name, values)

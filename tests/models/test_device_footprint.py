@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.configs import CONFIGS
 from tests.models.helpers_live import LiveBytes
+from tests.models.llama_specs import SMALL, changed
+from tests.models.test_device_kinds import TAKEN as SMALL_KINDS
 
 from penstock.attention.paged import DeviceBatch, PagedAttention, choose
 from penstock.attention.pages import KVPages
 from penstock.kernels import split_k
 from penstock.kernels.jit import triton
-from penstock.layers.device_leaves import DeviceMaterials
+from penstock.layers.device_materials import DeviceMaterials
 from penstock.layers.device_tables import DeviceTables
 from penstock.layers.device_toolkit import DeviceToolkit
+from penstock.layers.scaling import YarnScaling
+from penstock.layers.specs import AttentionSpec, MLPSpec, NormSpec, RopeSpec
 from penstock.models.blocks import Decoder
+from penstock.models.compose import compose
 from penstock.models.device_footprint import (
     DeviceStep,
     activation_bytes,
@@ -30,19 +34,15 @@ from penstock.models.device_footprint import (
     scratch_bytes,
     share_of,
     table_bytes,
-    weight_bytes,
 )
-from penstock.models.registry import builder
-from penstock.models.spec import ModelSpec
+from penstock.models.device_shapes import why_not_shared
+from penstock.models.device_weights import weight_bytes
+from penstock.models.spec import LayerSpec, ModelSpec
 from penstock.quantization.schemes import DEVICE_NAMES, scheme
 
 META = torch.device("meta")
 TABLE = torch.zeros(512, 131_072 // 16, dtype=torch.int32, device=META)
-SMALL = ModelSpec.from_hf(
-    CONFIGS["LlamaForCausalLM"]["mlp_bias"]
-    | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-)
-LLAMA_8B = replace(
+LLAMA_8B = changed(
     SMALL,
     vocab_size=128_256,
     hidden_size=4096,
@@ -57,7 +57,7 @@ LLAMA_8B = replace(
 )
 SPECS = {
     "8B": LLAMA_8B,
-    "0.6B": replace(
+    "0.6B": changed(
         LLAMA_8B,
         hidden_size=1024,
         intermediate_size=3072,
@@ -65,9 +65,9 @@ SPECS = {
         tied_embeddings=True,
         vocab_size=151_936,
     ),
-    "biases": replace(LLAMA_8B, attention_bias=True, mlp_bias=True, vocab_size=32_003),
-    "narrow MLP": replace(LLAMA_8B, intermediate_size=512, num_heads=64, num_kv_heads=64),
-    "odd": replace(
+    "biases": changed(LLAMA_8B, attention_bias=True, mlp_bias=True, vocab_size=32_003),
+    "narrow MLP": changed(LLAMA_8B, intermediate_size=512, num_heads=64, num_kv_heads=64),
+    "odd": changed(
         LLAMA_8B,
         hidden_size=1000,
         intermediate_size=1352,
@@ -76,6 +76,55 @@ SPECS = {
         head_dim=80,
         vocab_size=501,
     ),
+}
+
+
+YARN = RopeSpec(
+    dim=128,
+    theta=1e4,
+    scaling=YarnScaling(factor=4.0, original_context_len=64, angle_factor=1.2),
+)
+
+
+def widened(spec: ModelSpec) -> ModelSpec:
+    """A small spec with sizes of a real one: 32 times as wide, with heads of 128 numbers."""
+
+    def layer(one: LayerSpec) -> LayerSpec:
+        attention, mlp = one.attention, one.mlp
+        assert isinstance(attention, AttentionSpec)
+        assert isinstance(mlp, MLPSpec)
+        rope = attention.rope and replace(attention.rope, dim=8 * attention.rope.dim)
+        return LayerSpec(
+            attention=replace(
+                attention,
+                num_heads=4 * attention.num_heads,
+                num_kv_heads=2 * attention.num_kv_heads,
+                head_dim=8 * attention.head_dim,
+                rope=rope,
+            ),
+            mlp=replace(mlp, size=96 * mlp.size),
+        )
+
+    layers = tuple(map(layer, spec.layers))
+    return replace(spec, layers=layers, hidden_size=32 * spec.hidden_size, vocab_size=5003)
+
+
+def narrow(spec: ModelSpec, **changes: Any) -> ModelSpec:
+    """The same with MLPs so small that attention, which these change, is the widest place."""
+    mlp = MLPSpec(size=256, activation="gelu")
+    layers = []
+    for layer in spec.layers:
+        assert isinstance(layer.attention, AttentionSpec)
+        layers.append(LayerSpec(attention=replace(layer.attention, **changes), mlp=mlp))
+    return replace(spec, layers=tuple(layers))
+
+
+KINDS = {name: widened(spec) for name, spec in SMALL_KINDS.items()}
+KINDS |= {
+    "narrow": narrow(KINDS["cohere"]),
+    "narrow qwen3": narrow(KINDS["qwen3"]),
+    "turned": narrow(KINDS["cohere"], qk_norm=None, rope=YARN),
+    "normed": replace(narrow(KINDS["cohere"]), norm=NormSpec(eps=1e-5, kind="layer", offset=1.0)),
 }
 
 
@@ -109,7 +158,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 def decoder(spec: ModelSpec, dtype: str, quantization: str, group: OneOf) -> Decoder:
     kind = getattr(torch, dtype)
     materials = DeviceMaterials(kind, META, group, scheme(quantization, dtype))
-    made = builder(spec.architecture)(spec, DeviceToolkit(materials))
+    made = compose(spec, DeviceToolkit(materials))
     for layer in made.layers():
         layer.finish()
     return made
@@ -127,6 +176,20 @@ def test_weights_are_exact(name: str, dtype: str, quantization: str, group_size:
     assert told.weight_bytes == live.live > 0
     assert f"{spec.num_parameters:,} parameters in" in told.weights
     assert ("share" in told.weights) == (group_size > 1)
+    del made
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4-a16", "fp8-block"])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_weights_of_every_kind_are_exact(name: str, quantization: str, group_size: int) -> None:
+    spec = KINDS[name]
+    if why_not_shared(spec, group_size) is not None:
+        return
+    with torch.inference_mode(), LiveBytes() as live:
+        made = decoder(spec, "bfloat16", quantization, OneOf(group_size))
+    told = on_device(spec, "bfloat16", quantization, DeviceStep(1, 1), group_size)
+    assert told.weight_bytes == live.live > 0
     del made
 
 
@@ -215,6 +278,20 @@ def test_a_prompt_takes_no_more_and_hardly_less(
     assert taken <= told <= taken * 1.03, f"{told / taken:.3f} of what it took"
 
 
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("quantization", ["none", "int4-a16", "fp8"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_prompt_of_every_kind_takes_no_more(
+    name: str, quantization: str, group_size: int
+) -> None:
+    spec = KINDS[name]
+    if why_not_shared(spec, group_size) is not None:
+        return
+    told = activation_bytes(share_of(spec, group_size), "bfloat16", quantization, 4096)
+    taken = step_bytes(spec, quantization, group_size, [4096], context=4096)
+    assert taken <= told <= taken * 1.4, f"{told / taken:.3f} of what it took"
+
+
 @pytest.mark.parametrize("lengths", [[1], [1] * 16, [1] * 256, [1500, *[1] * 100]])
 @pytest.mark.parametrize("context", [4096, 131_072])
 @pytest.mark.parametrize("quantization", ["none", "int4-a16", "fp8"])
@@ -223,19 +300,20 @@ def test_decode_takes_no_more_than_a_step_and_its_scratch(
     name: str, quantization: str, context: int, lengths: list[int]
 ) -> None:
     spec = SPECS[name]
-    told = activation_bytes(spec, "bfloat16", quantization, sum(lengths)) + scratch_bytes(spec)
+    share = share_of(spec, 1)
+    told = activation_bytes(share, "bfloat16", quantization, sum(lengths)) + scratch_bytes(share)
     assert step_bytes(spec, quantization, 1, lengths, context) <= told
 
 
 def test_weights_alone_do_not_hide_the_step() -> None:
     told = on_device(LLAMA_8B, "bfloat16", "none", DeviceStep(2048, 64, 3), 1)
     assert told.workspace_bytes == activation_bytes(
-        LLAMA_8B, "bfloat16", "none", 2048
-    ) + scratch_bytes(LLAMA_8B)
+        share_of(LLAMA_8B, 1), "bfloat16", "none", 2048
+    ) + scratch_bytes(share_of(LLAMA_8B, 1))
     assert "3 CUDA graphs" in told.runtime
     eager = on_device(LLAMA_8B, "bfloat16", "none", DeviceStep(2048, 64), 1)
     assert eager.runtime_bytes < told.runtime_bytes
-    assert weight_bytes(LLAMA_8B, "bfloat16", "fp8") < told.weight_bytes
+    assert weight_bytes(share_of(LLAMA_8B, 1), "bfloat16", "fp8") < told.weight_bytes
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 63, 64, 65, 100, 256, 257, 511, 512])

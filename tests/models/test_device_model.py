@@ -12,7 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.configs_dense import DENSE
 from tests.models.device_helpers import DeviceSessions, Threads, load_device
+from tests.models.layouts import published
 from tests.models.test_native import joined
 from tests.models.test_parity import (
     LEN,
@@ -29,7 +31,11 @@ from penstock.errors import ConfigError, ModelLoadError
 from penstock.kernels.gpu import device
 from penstock.kernels.op import forced
 from penstock.layers.device_leaves import Linear
+from penstock.models.blocks import MLP
 from penstock.models.device_model import DeviceModel
+from penstock.models.device_shapes import Share, why_not_shared
+from penstock.models.files import read_config
+from penstock.models.spec import ModelSpec
 from penstock.parallel.group import Group
 from penstock.quantization.device import Integers
 from penstock.quantization.schemes import DEVICE_NAMES
@@ -38,7 +44,17 @@ Rows = dict[str, list[int]]
 Logits = dict[str, torch.Tensor]
 
 WAYS = (full, chunked, token_by_token, ragged)
-
+EVERY_SIZE = {"LlamaForCausalLM", "Gemma2ForCausalLM"}  # of blocks; others have one of them
+TAKEN = [
+    (architecture, variant)
+    for architecture, variant in VARIANTS
+    if architecture in DENSE and variant != "narrow_heads"
+]
+ONE_OF_EACH = [
+    *{architecture: (architecture, variant) for architecture, variant in TAKEN}.values(),
+    ("CohereForCausalLM", "normed"),  # a scale for each head
+]
+NOT_SHARED = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}  # one norm over all heads
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -52,8 +68,10 @@ class Checkpoint(NamedTuple):
 def checkpoint(path: Path, architecture: str, variant: str) -> Checkpoint:
     theirs = oracle(architecture, variant, 3)
     theirs.save_pretrained(path)
+    published(architecture, path)
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(theirs.config.vocab_size, (4, LEN), generator=generator)
+    vocab_size = theirs.config.get_text_config().vocab_size
+    ids = torch.randint(vocab_size, (4, LEN), generator=generator)
     with torch.no_grad():
         logits = theirs(ids).logits
     rows = dict(zip("abcd", ids.tolist(), strict=True))
@@ -78,20 +96,14 @@ def share_of_spread(found: Logits, expected: Logits) -> float:
     return float(max(errors))
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize(
-    "variant",
-    [variant for variant in VARIANTS if "narrow_heads" not in variant],
-    ids=lambda variant: "-".join(variant),
-)
-def test_logits_equal_transformers(
-    tmp_path: Path, variant: tuple[str, str], block_size: int
-) -> None:
+@pytest.mark.parametrize("variant", TAKEN, ids=lambda variant: "-".join(variant))
+def test_logits_equal_transformers(tmp_path: Path, variant: tuple[str, str]) -> None:
     path, rows, expected = checkpoint(tmp_path, *variant)
-    model = load_device(path, block_size=block_size)
-    for way in WAYS:
-        found = joined(DeviceSessions(model), rows, way)
-        assert worst(found, expected) < TOLERANCE, way.__name__
+    for block_size in (1, 3, 16) if variant[0] in EVERY_SIZE else (3,):
+        model = load_device(path, block_size=block_size)
+        for way in WAYS:
+            found = joined(DeviceSessions(model), rows, way)
+            assert worst(found, expected) < TOLERANCE, way.__name__
     assert min(float(logits.std()) for logits in expected.values()) > 0.1
 
 
@@ -230,11 +242,30 @@ def test_ranks_compute_what_one_computes(tmp_path: Path, variant: str, size: int
 
     for model, found in Threads(size).run(of_rank):
         assert worst(found, expected) < TOLERANCE
-        block, middle = model.decoder.blocks[0], model.spec.intermediate_size
-        assert isinstance(block.mlp.gate_up, Linear)
+        block, middle = model.decoder.blocks[0], Share(model.spec).intermediate_size
+        assert isinstance(block.mlp, MLP)
+        assert isinstance(block.mlp.up, Linear)
         assert isinstance(block.mlp.down, Linear)
-        assert block.mlp.gate_up.weight.num_rows == 2 * middle // size
+        assert block.mlp.up.weight.num_rows == 2 * middle // size
         assert block.mlp.down.weight.num_columns == middle // size
+
+
+@pytest.mark.parametrize("variant", ONE_OF_EACH, ids=lambda variant: "-".join(variant))
+def test_ranks_share_every_architecture(tmp_path: Path, variant: tuple[str, str]) -> None:
+    """Norms of heads, their own scales, sinks, partial and scaled turns, biases, positions."""
+    path, rows, expected = checkpoint(tmp_path, *variant)
+    spec = ModelSpec.from_hf(read_config(path))
+    if why_not_shared(spec, 2) is not None:
+        assert variant[0] in NOT_SHARED
+        return
+    assert variant[0] not in NOT_SHARED
+
+    def of_rank(group: Group) -> Logits:
+        model = load_device(path, group=group, block_size=3)
+        return joined(DeviceSessions(model), rows, ragged)
+
+    for found in Threads(2).run(of_rank):
+        assert worst(found, expected) < TOLERANCE
 
 
 def test_ranks_that_cannot_share(gqa: Checkpoint) -> None:

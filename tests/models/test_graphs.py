@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.models.configs import CONFIGS
+from tests.models.configs_dense import classes
 from tests.models.device_helpers import load_device
 
 from penstock.attention.paged import DeviceBatch
@@ -26,10 +27,22 @@ BLOCK_SIZE = 3
 pytestmark = pytest.mark.usefixtures("references")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
+# Windows, caps and sandwiches; turns and norms in torch; learned positions and LayerNorm.
+VARIANTS = [
+    ("LlamaForCausalLM", "gqa"),
+    ("Gemma2ForCausalLM", "plain"),
+    ("PhiForCausalLM", "plain"),
+    ("CohereForCausalLM", "normed"),
+    ("GPT2LMHeadModel", "plain"),
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: "-".join(variant))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
     path = tmp_path_factory.mktemp("model")
-    config = CONFIGS["LlamaForCausalLM"]["gqa"] | {"architectures": ["LlamaForCausalLM"]}
+    architecture, variant = request.param
+    kind = classes(architecture)[1]
+    config = kind(**CONFIGS[architecture][variant]).to_dict() | {"architectures": [architecture]}
     (path / "config.json").write_text(json.dumps(config))
     return load_device(path, load_format="dummy", block_size=BLOCK_SIZE)
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.models.configs import CONFIGS
+from tests.models.llama_specs import SMALL as SPEC
+from tests.models.llama_specs import changed
 
 from penstock.errors import ConfigError
 from penstock.models import load
 from penstock.models.load import Backends, device_problem
-from penstock.models.spec import ModelSpec
-
-SPEC = ModelSpec.from_hf(
-    CONFIGS["LlamaForCausalLM"]["mlp_bias"]
-    | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-)
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +74,16 @@ def test_a_wrong_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_heads_that_no_kernel_has_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
-    assert "`512`" in str(device_problem(replace(SPEC, head_dim=512)))
+    assert "`512`" in str(device_problem(changed(SPEC, head_dim=512)))
 
 
 def test_what_ranks_cannot_share_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
-    odd = replace(SPEC, num_heads=9, num_kv_heads=3, intermediate_size=90)
+    odd = changed(SPEC, num_heads=9, num_kv_heads=3, intermediate_size=90)
     assert "cannot be shared by `2` ranks" in str(Backends(odd, 2).problem("triton"))
     assert Backends(odd, 2).remedy("triton") == "use `--tensor-parallel-size` of `1`, `3` or `9`"
     assert Backends(odd, 3).problem("triton") is None
-    alone = replace(odd, intermediate_size=91)
+    alone = changed(odd, intermediate_size=91)
     assert Backends(alone, 2).remedy("triton") == "use `--tensor-parallel-size` of `1`"
 
 

@@ -16,13 +16,17 @@ from tests.models.helpers import Sessions, load
 
 from penstock.errors import ModelLoadError, UnsupportedModel, WeightMismatch
 from penstock.layers.materials import Materials
+from penstock.layers.specs import NormSpec
 from penstock.layers.toolkit import StoredTensor, Weight
 from penstock.layers.torch_toolkit import TorchToolkit
 from penstock.models import loader
+from penstock.models.compose import compose
 from penstock.models.files import read_config, read_generation_eos
 from penstock.models.loader import load_weights
-from penstock.models.registry import builder
+from penstock.models.registry import read_spec
 from penstock.models.safetensors import map_tensors
+from penstock.quantization.codes import CodeForm
+from penstock.quantization.drawn import drawn
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -254,6 +258,14 @@ def test_nothing_is_loaded_if_anything_is_wrong(tmp_path: Path) -> None:
     assert (leaf.loaded, leaf.num_finished) == ({}, 0)
 
 
+def test_a_vector_has_no_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    coded = drawn("norm.weight", CodeForm("int8", 0), (1, 8), (0,), 0.02)
+    monkeypatch.setattr(loader, "open_checkpoint", lambda path: [(path / FILE, [coded])])
+    norm = TorchToolkit(Materials(torch.float32)).norm("norm", 8, NormSpec(eps=1e-6))
+    with pytest.raises(WeightMismatch, match=r"misshapen: `norm.weight` is \[1, 8\]"):
+        load_weights([norm], tmp_path)
+
+
 def test_a_copy_of_another_dtype_is_no_copy(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "copy": torch.zeros(2).half()}, tmp_path / FILE)
     with pytest.raises(WeightMismatch, match="`copy` differs"):
@@ -292,7 +304,7 @@ def test_names_of_a_stranger_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_read_config_errors(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="is not a directory"):
+    with pytest.raises(ModelLoadError, match="is neither a directory"):
         read_config(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match=r"has no `config\.json`"):
         read_config(tmp_path)
@@ -348,14 +360,14 @@ def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
         load(tmp_path)
     assert "LlamaForCausalLM" in str(caught.value.hint)
     with pytest.raises(UnsupportedModel):
-        builder("")
+        read_spec({"architectures": [""]})
 
 
 def test_loaded_weights_are_what_the_spec_counts(tmp_path: Path) -> None:
     for extra in ({}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | extra))
         spec = load(tmp_path, load_format="dummy").spec
-        model = builder(spec.architecture)(spec, TorchToolkit(Materials(torch.float32)))
+        model = compose(spec, TorchToolkit(Materials(torch.float32)))
         weights = [weight for layer in model.layers() for weight in layer.weights()]
         total = sum(math.prod(weight.shape) for weight in weights if weight.duplicate_of is None)
         assert total == spec.num_parameters

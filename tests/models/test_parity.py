@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from tests.models.configs import CONFIGS
+from tests.models.configs_dense import classes
 from tests.models.helpers import BACKENDS, Sessions, load
+from tests.models.layouts import published
 
+from penstock.models.architectures import ARCHITECTURES
 from penstock.models.base import Model
-from penstock.models.registry import ARCHITECTURES
 
 TOLERANCE = 1e-4
 LEN = 41
@@ -34,10 +35,12 @@ class Case(NamedTuple):
 def oracle(architecture: str, variant: str, seed: int) -> Any:
     """A transformers model with random weights; biases and scales are random as well."""
     torch.manual_seed(seed)
-    kind = getattr(transformers, architecture)
-    model = kind(kind.config_class(**CONFIGS[architecture][variant])).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
+    kind, config_kind = classes(architecture)
+    config = config_kind(**CONFIGS[architecture][variant])
+    config._attn_implementation = "eager"  # the only one that has everything, such as soft caps
+    model = kind(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "norm" in name or "bias" in name or "sinks" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
     return model
 
@@ -59,8 +62,9 @@ def case(
     # Every other checkpoint is sharded.
     theirs.save_pretrained(path, max_shard_size="20KB" if seed % 2 else "1GB")
     assert (len(list(path.glob("*.safetensors"))) > 1) == bool(seed % 2)
+    published(architecture, path)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(theirs.config.vocab_size, (4, LEN), generator=generator)
+    ids = torch.randint(theirs.config.get_text_config().vocab_size, (4, LEN), generator=generator)
     with torch.no_grad():
         expected = theirs(ids).logits
     names = ["a", "b", "c", "d"]
@@ -127,8 +131,34 @@ def test_every_architecture_has_a_config() -> None:
     assert len(CONFIGS["LlamaForCausalLM"]) >= 8
 
 
-def test_bfloat16_is_near(tmp_path: Path, backend: str) -> None:
-    theirs = oracle("LlamaForCausalLM", "gqa", 5)
+@pytest.mark.parametrize(
+    ("architecture", "variant"),
+    [("CohereForCausalLM", "normed"), ("GPT2LMHeadModel", "plain"), ("GptOssForCausalLM", "sinks")],
+)
+def test_what_would_hide_a_mistake_is_random(architecture: str, variant: str) -> None:
+    """Biases, scales of norms and sinks: zeros and ones would not show where they go."""
+    found = [
+        float(parameter.detach().std())
+        for name, parameter in oracle(architecture, variant, 1).named_parameters()
+        if parameter.dim() == 1 or "norm" in name or "sinks" in name or "bias" in name
+    ]
+    assert len(found) > 4
+    assert min(found) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("architecture", "variant"),
+    [
+        ("LlamaForCausalLM", "gqa"),
+        ("CohereForCausalLM", "normed"),
+        ("FalconForCausalLM", "new"),
+        ("GPT2LMHeadModel", "plain"),
+        ("Gemma2ForCausalLM", "plain"),
+        ("Olmo3ForCausalLM", "plain"),
+    ],
+)
+def test_bfloat16_is_near(tmp_path: Path, backend: str, architecture: str, variant: str) -> None:
+    theirs = oracle(architecture, variant, 5)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)
     tokens = torch.randint(101, (1, LEN), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

@@ -237,3 +237,19 @@ def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
         map_tensors(file)
     assert "may not read it" in str(error.value.hint)
     assert "download" not in str(error.value.hint)
+
+
+def test_a_config_without_a_type_takes_that_of_the_weights(tmp_path: Path) -> None:
+    """As `--dtype auto` says; GPT-OSS's config has no `dtype`."""
+    import torch
+    from safetensors.torch import save_file
+
+    from penstock.models.files import read_config
+
+    (tmp_path / "config.json").write_text("{}")
+    assert "dtype" not in read_config(tmp_path)
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(2, 3, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_config(tmp_path)["dtype"] == "bfloat16"
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float32"}')
+    assert "dtype" not in read_config(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from penstock.errors import UnsupportedModel
 from penstock.layers.scaling import LinearScaling, Llama3Scaling
+from penstock.layers.specs import AttentionSpec, RopeSpec
 from penstock.models.spec import ModelSpec
 
 CONFIG: dict[str, Any] = {
@@ -37,12 +38,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def rope_of(spec: ModelSpec) -> RopeSpec:
+    attention = spec.layers[0].attention
+    assert isinstance(attention, AttentionSpec)
+    assert attention.rope is not None
+    return attention.rope
+
+
 def test_llama_3_2_1b() -> None:
     spec = ModelSpec.from_hf(CONFIG)
     assert spec.num_parameters == 1_235_814_400  # as its card says
     assert (spec.head_dim, spec.num_kv_heads, spec.max_context_len) == (64, 8, 131072)
     assert spec.dtype == "bfloat16"
-    assert spec.rope_scaling == Llama3Scaling(
+    assert rope_of(spec).scaling == Llama3Scaling(
         factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192
     )
     assert spec.kv_bytes_per_token("bfloat16") == 16 * 2 * 8 * 64 * 2
@@ -52,9 +60,9 @@ def test_absent_and_null_keys_take_the_defaults() -> None:
     keys = ("architectures", "hidden_size", "intermediate_size", "num_attention_heads")
     small = {key: CONFIG[key] for key in (*keys, "num_hidden_layers", "vocab_size")}
     spec = ModelSpec.from_hf(small | {"num_key_value_heads": None, "head_dim": None})
-    assert (spec.num_kv_heads, spec.head_dim, spec.rope_theta) == (32, 64, 10000.0)
-    assert (spec.norm_eps, spec.dtype, spec.tied_embeddings) == (1e-6, "float32", False)
-    assert spec.rope_scaling is None
+    assert (spec.num_kv_heads, spec.head_dim, rope_of(spec).theta) == (32, 64, 10000.0)
+    assert (spec.norm.eps, spec.dtype, spec.tied_embeddings) == (1e-6, "float32", False)
+    assert rope_of(spec).scaling is None
 
 
 @pytest.mark.parametrize(
@@ -68,8 +76,8 @@ def test_absent_and_null_keys_take_the_defaults() -> None:
 def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
     config = {key: value for key, value in CONFIG.items() if not key.startswith("rope")}
     spec = ModelSpec.from_hf(config | {"rope_scaling": None} | rope)
-    assert spec.rope_scaling == LinearScaling(2.0)
-    assert spec.rope_theta == 7.0
+    assert rope_of(spec).scaling == LinearScaling(2.0)
+    assert rope_of(spec).theta == 7.0
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
         ("num_key_value_heads", 5, "num_key_value_heads"),
         ("num_attention_heads", -1, "num_attention_heads"),
         ("head_dim", 63, "head_dim"),
-        ("hidden_act", "gelu", "hidden_act"),
+        ("hidden_act", "mish", "hidden_act"),
         ("attention_bias", 1, "attention_bias"),
         ("tie_word_embeddings", "yes", "tie_word_embeddings"),
         ("torch_dtype", "int8", "torch_dtype"),
@@ -92,11 +100,24 @@ def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
         ("rms_norm_eps", -1e-5, "rms_norm_eps"),
         ("rope_theta", 0, "rope_theta"),
         ("rope_scaling", "linear", "rope_scaling"),
-        ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling.rope_type"),
-        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling.type"),
+        ("rope_scaling", {"rope_type": "ntk", "factor": 2.0}, "rope_scaling.rope_type"),
+        ("rope_scaling", {"type": "mrope", "factor": 2.0}, "rope_scaling.type"),
+        ("rope_scaling", {"type": "dynamic"}, "rope_scaling.factor"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": 9.0}, "rope_scaling.alpha"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "rope_theta": 0.5}, "rope_scaling.rope_"),
+        ("rope_scaling", {"type": "yarn", "truncate": 1}, "rope_scaling.truncate"),
+        ("rope_scaling", {"type": "longrope", "short_factor": [1.0]}, "rope_scaling.short_factor"),
+        (
+            "rope_scaling",
+            {"type": "su", "short_factor": [1.0] * 32, "long_factor": [10**400] * 32},
+            "rope_scaling.long_factor",
+        ),
+        ("rope_scaling", {"partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("partial_rotary_factor", 1e308, "partial_rotary_factor"),
+        ("layer_types", ["full_attention"] * 16, "layer_types"),
         ("rope_scaling", {"rope_type": "linear"}, "rope_scaling.factor"),
         ("rope_scaling", {"rope_type": "linear", "factor": -1}, "rope_scaling.factor"),
-        ("rope_parameters", {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary"),
         ("sliding_window", 4096, "sliding_window"),
         ("vocab_size", 10**400, "vocab_size"),
         ("num_hidden_layers", 10**400, "num_hidden_layers"),
@@ -109,7 +130,6 @@ def test_rope_is_read_in_every_spelling(rope: dict[str, Any]) -> None:
             {**CONFIG["rope_scaling"], "low_freq_factor": 4.0},
             "rope_scaling.low_freq_factor",
         ),
-        ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
         ("rope_interleaved", True, "rope_interleaved"),
         ("architectures", None, "architectures"),
         ("architectures", [], "architectures"),

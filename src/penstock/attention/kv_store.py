@@ -21,19 +21,21 @@ class KVStore:
 
     Head-major, because attention then multiplies matrices that lie in memory as they are: measured
     twice as fast in decode as the token-major layout. It starts as zeros, so that whoever gathers
-    whole blocks and masks the unused slots never multiplies a NaN by zero.
+    whole blocks and masks the unused slots never multiplies a NaN by zero. A store of latents has
+    one vector a token, `num_vectors` 1, which is key and value.
     """
 
     def __init__(
         self,
         num_layers: int,
         num_slots: int,
-        num_kv_heads: int,
+        num_vectors: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, 2 * num_kv_heads, num_slots, head_dim)
+        shape = (num_layers, num_vectors, num_slots, head_dim)
+        num_kv_heads = (num_vectors + 1) // 2
         self.data = _zeros(shape, dtype, torch.device(device))
         self.num_slots = num_slots
         self.num_kv_heads = num_kv_heads
@@ -50,6 +52,13 @@ class KVStore:
         """Put k and v [T, Hkv, D] into the slots [T] of a layer. The slots are distinct."""
         self._keys[layer].index_copy_(0, slot_mapping, k)
         self._values[layer].index_copy_(0, slot_mapping, v)
+
+    def write_latent(
+        self, layer: int, latent: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> torch.Tensor:
+        """Put latents [T, D] into the slots [T] of a layer; all of them, [num_slots, 1, D]."""
+        self._layers[layer][0].index_copy_(0, slot_mapping, latent)
+        return self._keys[layer]
 
     def key(self, layer: int) -> torch.Tensor:
         """The keys of a layer, [num_slots, Hkv, D]: a strided view."""

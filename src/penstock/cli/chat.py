@@ -30,7 +30,7 @@ HELP = "/clear starts anew, /exit leaves (or Ctrl-D); Ctrl-C stops an answer."
 
 @click.command(epilog='Example: penstock chat "What is 17 + 25?"')
 @click.argument("question", required=False)
-@click.option("--model", "-m", help="Directory or built-in name [default: brook, or the server's].")
+@click.option("--model", "-m", help="A model, as serve takes it [default: brook, or the server's].")
 @click.option("--url", help="A running server, such as http://127.0.0.1:8000.")
 @click.option("--api-key", envvar="PENSTOCK_API_KEY", help="For --url.")
 @click.option("--system", help="System message.")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "--output", "-o", type=click.Path(dir_okay=False), default="-", help="Default: stdout."
 )
 @click.option(
-    "--model", "-m", default="brook", show_default=True, help="Directory or built-in name."
+    "--model", "-m", default="brook", show_default=True, help="A model, as serve takes it."
 )
 @click.option("--temperature", type=float, help="For lines that name none.")
 @click.option("--max-tokens", type=int, help="For lines that name none.")

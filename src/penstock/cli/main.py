@@ -26,6 +26,8 @@ COMMANDS = {
     "eval": "Score a model's answers: published tasks, brook's, or your own.",
     "compare": "Decide between two servers, precisions, engines or providers.",
     "track": "Probe providers on a schedule and keep the time series.",
+    "models": "List, check, download and remove the models of the hub that are here.",
+    "plan": "Tell what a model takes and how fast it will be here, from its config alone.",
     "results": "List, filter, diff, import and export runs.",
     "verify": "Compute every figure of a run again from its raw records.",
     "doctor": "Show what this machine has and what penstock makes of it.",

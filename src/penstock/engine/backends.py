@@ -97,6 +97,19 @@ def check(backend: str, settings: dict[str, Any], backends: Backends) -> None:
         _check_device(settings, backends)
 
 
+def check_stored(quantization: str, name: str) -> None:
+    """Refuse to quantize what a checkpoint has in codes already, in the format of that name.
+
+    Raises:
+        ConfigError: `quantization` asks for that.
+    """
+    if quantization != NONE:
+        raise ConfigError(
+            f"`quantization` is `{quantization}`, and the checkpoint is quantized already: {name}.",
+            hint="leave it out, or take the checkpoint that this one was made of",
+        )
+
+
 def _check_device(settings: dict[str, Any], backends: Backends) -> None:
     """Refuse what the triton backend has, and not so large, not on these GPUs, or not without one.
 

@@ -302,6 +302,6 @@ class ThreadClient(StreamingClient):
 def _load(source: EngineConfig | Callable[[], Core]) -> Core:
     if not isinstance(source, EngineConfig):
         return source()
-    from penstock.engine.core import EngineCore  # numpy, only now
+    from penstock.engine.make import make_core  # numpy, only now
 
-    return EngineCore.from_config(source)
+    return make_core(source)

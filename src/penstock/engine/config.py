@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from penstock.engine.backends import ATTENTION_BACKENDS, NAMES, Backends, check, choose
@@ -19,6 +20,7 @@ from penstock.errors import ConfigError
 from penstock.quantization.schemes import NAMES as QUANTIZATIONS
 from penstock.quantization.schemes import NONE
 
+RUNNERS = ("auto", "generate", "pooling")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", *NAMES)
 KV_CACHE_DTYPES = (*DTYPES, "int8", "fp8")
@@ -52,7 +54,19 @@ class EngineConfig:
     """
 
     model: str = _option(
-        MISSING, "--model", "directory of a checkpoint, or name of a built-in model"
+        MISSING, "--model", "directory, GGUF file, built-in name, or org/name of a hub"
+    )
+    revision: str | None = _option(
+        None, "--revision", "branch, tag or commit of a model of a hub; default: main"
+    )
+    model_path: str | None = field(  # set by `engine.locate`, once
+        default=None, metadata={"hidden": True, "choices": None}
+    )
+    runner: str = _option(
+        "auto",
+        "--runner",
+        "generate: write; pooling: embed or score; auto: what the checkpoint is for",
+        RUNNERS,
     )
     dtype: str = _option(
         "auto", "--dtype", "what is computed in; auto: what the checkpoint has", DTYPES
@@ -128,6 +142,12 @@ class EngineConfig:
                 "`num_blocks` and `kv_cache_memory_bytes` both give the size of the KV cache.",
                 hint="set one of them",
             )
+
+    @property
+    def path(self) -> Path:
+        """Where the model of a config that was located lies."""
+        assert self.model_path is not None, "the model is not located"
+        return Path(self.model_path)
 
     @property
     def context_len(self) -> int:

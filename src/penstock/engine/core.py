@@ -16,11 +16,11 @@ from dataclasses import replace
 from operator import index
 from typing import Any, Self, final
 
-from penstock.builtin import resolve_model
-from penstock.engine.backends import passed_over
+from penstock.engine.backends import check_stored, passed_over
 from penstock.engine.build import make_runner, warm_up
 from penstock.engine.config import EngineConfig
 from penstock.engine.kv_cache import KVCache
+from penstock.engine.locate import locate
 from penstock.engine.memory import available_bytes, plan_memory
 from penstock.engine.plan import StepPlan
 from penstock.engine.policy import POLICIES
@@ -28,6 +28,7 @@ from penstock.engine.request import Request
 from penstock.engine.runner import Runner, Step
 from penstock.engine.scheduler import Scheduler
 from penstock.errors import ContextTooLong, InvalidField
+from penstock.models.checkpoint import precision
 from penstock.models.files import read_config, read_generation_eos
 from penstock.models.load import Backends, timed
 from penstock.models.spec import ModelSpec
@@ -80,17 +81,22 @@ class EngineCore:
             NotEnoughMemory: it would not fit. Nothing has been loaded then.
         """
         phases: dict[str, float] = {}
-        path = resolve_model(config.model)
+        config = locate(config)
+        path = config.path
         with timed(phases, "plan"):  # before a backend is imported: what cannot be is told at once
-            spec = ModelSpec.from_hf(read_config(path))
+            model = read_config(path)
+            spec = ModelSpec.from_hf(model)
+            stored = precision(path, model)
             backends = Backends(spec, config.tensor_parallel_size)
             asked = config.backend
+            if stored is not None:
+                check_stored(config.quantization, stored.name)
             config = config.resolve(
                 max_context_len=spec.max_context_len,
                 checkpoint_dtype=spec.dtype,
                 backends=backends,
             )
-            memory = plan_memory(spec, config, available_bytes(config))
+            memory = plan_memory(spec, config, available_bytes(config), stored)
             eos_token_ids = read_generation_eos(path)
         if config.tensor_parallel_size == 1:
             runner = make_runner(path, config, memory.num_blocks, eos_token_ids, None, phases)
@@ -109,7 +115,7 @@ class EngineCore:
             num_blocks=memory.num_blocks,
             max_num_seqs=config.max_num_seqs,
             backend=config.backend,
-            quantization=config.quantization,
+            quantization=config.quantization if stored is None else stored.name,
             kv_cache_dtype=config.kv_cache_dtype,
             plan=(
                 f"backend    {runner.description}{passed_over(asked, config.backend, backends)}",
@@ -130,7 +136,7 @@ class EngineCore:
         Raises:
             RequestError: it is wrong, and the engine is as it was.
         """
-        _check_address(request)
+        check_address(request)
         if request.request_id in self.scheduler:
             raise InvalidField(
                 f"`request_id` is `{request.request_id}`, which is in use.", field="request_id"
@@ -178,7 +184,7 @@ class EngineCore:
         return events
 
 
-def _check_address(request: EngineRequest) -> None:
+def check_address(request: EngineRequest) -> None:
     """Who asks, and where that is put in the queue and in the prefix cache."""
     for name, kind in (("request_id", str), ("salt", str), ("priority", int)):
         value = getattr(request, name)
@@ -197,7 +203,7 @@ def _check_prompt(token_ids: Sequence[int], info: EngineInfo) -> list[int]:
         raise InvalidField(
             "`prompt_token_ids` must be a list of at least one integer.", field="prompt_token_ids"
         )
-    _check_ids("prompt_token_ids", prompt, info)
+    check_ids("prompt_token_ids", prompt, info)
     if len(prompt) >= info.max_model_len:
         raise ContextTooLong(
             f"The prompt has `{len(prompt)}` tokens; with one token of answer it must fit into the "
@@ -216,7 +222,7 @@ def _check_params(params: SamplingParams, info: EngineInfo) -> SamplingParams:
     if params.n != 1:
         raise InvalidField(f"`n` is `{params.n}`; the engine takes one at a time.", field="n")
     for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
-        _check_ids(name, list(getattr(params, name) or ()), info)
+        check_ids(name, list(getattr(params, name) or ()), info)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > info.vocab_size:
             raise InvalidField(
@@ -233,7 +239,7 @@ def _check_params(params: SamplingParams, info: EngineInfo) -> SamplingParams:
     return replace(params, **distinct) if distinct else params
 
 
-def _check_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:
+def check_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < info.vocab_size:
             raise InvalidField(

@@ -27,10 +27,12 @@ from penstock.models.device_footprint import (
 from penstock.models.footprint import Footprint, Step, on_native, on_torch
 from penstock.models.spec import ITEM_BYTES, ModelSpec
 from penstock.quantization.schemes import NONE
+from penstock.quantization.stored import StoredPrecision
 
 KV_SHARE = 0.5  # of the memory left, if the KV pool may choose its size
 GPU_KV_SHARE = 1.0  # there `--gpu-memory-utilization` has left the rest
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits are held at the same time
+POOLED_COPIES = 4  # of a step's hidden states, in float32
 SHAPED_LOGITS = 2**20  # that are shaped or sorted at once on a device: `sampling.device.PIECE`
 SHAPED_BYTES = 96  # each of them: 72 in tensors, measured with typical-p, and room to sort
 MASK_BYTES = 2  # a logit there, for what a request excludes
@@ -53,18 +55,25 @@ class MemoryPlan:
     lines: tuple[str, ...]  # the arithmetic, for people
 
 
-def plan_memory(spec: ModelSpec, config: EngineConfig, available_bytes: int) -> MemoryPlan:
+def plan_memory(
+    spec: ModelSpec,
+    config: EngineConfig,
+    available_bytes: int,
+    stored: StoredPrecision | None = None,
+) -> MemoryPlan:
     """Divide `available_bytes` between weights, workspace and KV pool.
 
     Args:
         config: a resolved config.
+        stored: the codes in which the checkpoint has its matrices.
 
     Raises:
         NotEnoughMemory: it does not fit; the hint names a setting with which it does.
     """
-    share = share_of(spec, config.tensor_parallel_size)  # what one GPU has; alone: all
-    block_bytes = config.block_size * share.kv_bytes_per_token(config.kv_cache_dtype)
-    model = _footprint(spec, config)
+    is_shared = config.tensor_parallel_size > 1
+    holder = share_of(spec, config.tensor_parallel_size) if is_shared else spec
+    block_bytes = config.block_size * holder.kv_bytes_per_token(config.kv_cache_dtype)
+    model = _footprint(spec, config, stored)
     workspace_bytes = model.workspace_bytes + _engine_bytes(spec, config)
     fixed_bytes = model.runtime_bytes + model.weight_bytes + workspace_bytes
     num_dummies = _num_dummies(config)
@@ -149,7 +158,7 @@ def check_rank(spec: ModelSpec, config: EngineConfig, num_blocks: int, rank: int
         )
 
 
-def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
+def _footprint(spec: ModelSpec, config: EngineConfig, stored: StoredPrecision | None) -> Footprint:
     """What the backend takes for the model."""
     if config.backend == "triton":
         graphs = [] if config.enforce_eager else graph_sizes(config.max_num_seqs)
@@ -162,15 +171,18 @@ def _footprint(spec: ModelSpec, config: EngineConfig) -> Footprint:
             largest,
             config.tensor_parallel_size,
             is_on_gpu=config.gpu_memory_utilization is not None,
+            stored=stored,
         )
     step = Step(config.max_num_batched_tokens, config.context_len)
     if config.backend == "torch":
-        return on_torch(spec, config.dtype, step)
-    return on_native(spec, config.dtype, config.quantization, step, config.num_threads)
+        return on_torch(spec, config.dtype, step, stored)
+    return on_native(spec, config.dtype, config.quantization, step, config.num_threads, stored)
 
 
 def _engine_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Logits and the state of requests, at the largest step."""
+    if config.runner == "pooling":  # hidden states, and what is made of them
+        return 4 * POOLED_COPIES * config.max_num_batched_tokens * spec.hidden_size
     sizes = config.max_num_seqs, config.context_len, config.block_size
     if config.backend == "triton":
         attention = 0  # "auto" takes our own kernels wherever FlashInfer could compute as well

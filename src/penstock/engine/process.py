@@ -27,7 +27,7 @@ from penstock.hardware import TERMINAL
 from penstock.protocol.child import Child
 from penstock.protocol.frames import Frames, frame
 
-ENGINE_CORE = "penstock.engine.core:EngineCore.from_config"
+ENGINE_CORE = "penstock.engine.make:make_core"
 
 _EXIT_S = 5.0  # how long the child may take to end before it is killed
 

@@ -1,90 +1,64 @@
-"""The leaves of a model on a device: torch tensors, our kernels, and a share for each rank.
+"""The maps and tables of a model on a device: torch tensors, our kernels, a share for each rank.
 
-Owns what a leaf holds of the weights and which operations it calls. Knows neither files nor
-requests; how a matrix is stored is `quantization.device`'s business, which part of it a rank has is
-`layers.shards`'.
+Owns what these leaves hold of the weights and which operations they call. Knows neither files nor
+requests.
 
-Invariant: a stored tensor goes straight from the mapped file into its place on the device, and no
-leaf waits for the device, so that a forward pass can be captured as a CUDA graph.
+Invariant: no leaf waits for the device, so that a forward pass can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-from penstock.attention.paged import DeviceBatch, PagedLayer
-from penstock.errors import EngineError, ModelLoadError
-from penstock.kernels.add_rms_norm import add_rms_norm
-from penstock.kernels.gated import gated as gated_product
-from penstock.kernels.rope_store import rope_store
+from penstock.attention.paged import DeviceBatch
+from penstock.kernels import gated as gated_kernel
 from penstock.layers import shards
-from penstock.layers.scaling import RopeScaling, frequencies
-from penstock.layers.toolkit import Part, StoredTensor, Weight
-from penstock.parallel.group import Group
-from penstock.quantization.device import DeviceWeight, make_weight
-from penstock.quantization.schemes import Format, Scheme
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMaterials:
-    """What the leaves of one rank's model are made of."""
-
-    dtype: torch.dtype  # of activations, and of weights without quantization
-    device: torch.device
-    group: Group
-    scheme: Scheme
-
-    def matrix(self, form: Format, num_rows: int, num_columns: int) -> DeviceWeight:
-        """Memory for a matrix of zeros."""
-        return make_weight(form, num_rows, num_columns, self.dtype, self.device)
-
-    def vector(self, size: int, value: float) -> torch.Tensor:
-        """Memory for a bias or for the scale of a norm."""
-        return torch.full((size,), value, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Takes in a whole tensor of a checkpoint and keeps this rank's share of it."""
-
-    share: tuple[slice, ...]
-    keep: Callable[[torch.Tensor], object]  # gets the share, on the device
-    device: torch.device
-
-    def __call__(self, stored: StoredTensor) -> None:
-        """What `Weight.load` is."""
-        dtype = _DTYPES[stored.dtype]
-        raw = stored.data
-        if raw.ctypes.data % dtype.itemsize:  # the format does not promise that numbers are aligned
-            raw = raw.copy()
-        self.take(stored.name, torch.from_numpy(raw).view(dtype).view(stored.shape))
-
-    def take(self, name: str, values: torch.Tensor) -> None:
-        """Keep the share of `values`, the whole tensor on any device."""
-        try:
-            self.keep(values[self.share].to(self.device))
-        except EngineError as error:
-            raise ModelLoadError(f"`{name}` cannot be quantized: {error.message}") from error
+from penstock.layers.device_materials import DeviceMaterials, Taken, fill, put
+from penstock.layers.linear import ACTIVATIONS, gate
+from penstock.layers.specs import Activation
+from penstock.layers.toolkit import Part, PositionTable, Weight
+from penstock.quantization.device import DeviceWeight
 
 
 class Embedding:
-    """One vector for each token id. A rank has those of its share of the ids."""
+    """One vector for each token id, and perhaps one for its position.
 
-    def __init__(self, name: str, num_rows: int, size: int, materials: DeviceMaterials) -> None:
+    A rank has the vectors of its share of the ids, and all positions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_rows: int,
+        size: int,
+        materials: DeviceMaterials,
+        *,
+        scale: float = 1.0,
+        positions: PositionTable | None = None,
+    ) -> None:
         self.name = name
         self.table, self._weight, self.ids = _table(name, num_rows, size, materials)
         self._group = materials.group
+        self._scale = scale
+        self._first_position = 0
+        self._positions: torch.Tensor | None = None
+        if positions is not None:
+            self._first_position = positions.first_row
+            shape = positions.num_rows, size
+            device = materials.device
+            self._positions = torch.zeros(shape, dtype=materials.dtype, device=device)
+            taken = Taken((slice(None),), partial(put, self._positions), device)
+            self._of_positions = Weight(f"{positions.name}.weight", shape, taken)
 
     def weights(self) -> Iterator[Weight]:
-        """The table, [num_rows, size]."""
+        """The table, [num_rows, size], and that of positions."""
         yield self._weight
+        if self._positions is not None:
+            yield self._of_positions
 
     def finish(self) -> None:
         """Derive what the products read."""
@@ -92,9 +66,18 @@ class Embedding:
 
     def __call__(self, batch: DeviceBatch) -> torch.Tensor:
         """Vectors [T, size] of the batch's ids: a new tensor, which the caller may change."""
+        vectors = self._of_ids(batch.input_ids)
+        if self._scale != 1.0:
+            vectors *= self._scale
+        if self._positions is not None:
+            rows = (batch.positions + self._first_position).clamp_(max=len(self._positions) - 1)
+            vectors += functional.embedding(rows, self._positions)
+        return vectors
+
+    def _of_ids(self, ids: torch.Tensor) -> torch.Tensor:
         if self._group.size == 1:
-            return self.table.rows(batch.input_ids)
-        ids = batch.input_ids - self.ids.start
+            return self.table.rows(ids)
+        ids = ids - self.ids.start
         is_here = (ids >= 0) & (ids < self.ids.stop - self.ids.start)
         vectors = self.table.rows(ids * is_here) * is_here[:, None]
         return self._group.all_reduce(vectors)
@@ -104,7 +87,7 @@ class Linear:
     """y = x W^T + b, where the rows of W are this rank's of each part, one part after the other.
 
     One that `reduces` has this rank's columns of all rows: what it returns is summed over the
-    ranks, the bias once. A gated one returns silu(gate) * up.
+    ranks, the bias once. A gated one returns activation(gate) * up.
     """
 
     def __init__(
@@ -116,11 +99,13 @@ class Linear:
         gated: bool,
         reduces: bool,
         materials: DeviceMaterials,
+        activation: Activation | None = None,
     ) -> None:
         group = materials.group
         self._in_size = in_size
         self._parts = parts
         self._gated = gated
+        self._activation = activation
         self._reduces = reduces and group.size > 1
         self._group = group
         self._device = materials.device
@@ -138,13 +123,14 @@ class Linear:
         """Weight and bias of every part."""
         first = 0
         for part, rows in zip(self._parts, self._rows, strict=True):
-            keep: Callable[[torch.Tensor], object] = partial(self.weight.fill, first)
-            taken = Taken((rows, self._columns), keep, self._device)
-            yield Weight(f"{part.name}.weight", (part.num_rows, self._in_size), taken)
+            share = rows, self._columns
+            taken = Taken(share, partial(fill, self.weight, first), self._device)
+            shape = part.num_rows, self._in_size
+            yield Weight(f"{part.name}.weight", shape, taken, rows=part.rows)
             if self.bias is not None:
-                keep = self.bias[first : first + _length(rows)].copy_
-                taken = Taken((rows,), keep, self._device)
-                yield Weight(f"{part.name}.bias", (part.num_rows,), taken)
+                own = self.bias[first : first + _length(rows)]
+                taken = Taken((rows,), partial(put, own), self._device)
+                yield Weight(f"{part.name}.bias", (part.num_rows,), taken, rows=part.rows)
             first += _length(rows)
 
     def finish(self) -> None:
@@ -157,81 +143,13 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [T, in] to [T, out]; gated: to [T, out / 2]."""
         y = self.weight(x, self.bias)
-        if self._gated:
-            return gated_product(y)
-        return self._group.all_reduce(y) if self._reduces else y
-
-
-class Norm:
-    """Root mean square norm of a residual sum, in one kernel. Every rank has it whole."""
-
-    def __init__(self, name: str, size: int, eps: float, materials: DeviceMaterials) -> None:
-        self.name = name
-        self.weight = materials.vector(size, 1.0)
-        self._eps = eps
-
-    def weights(self) -> Iterator[Weight]:
-        """The scale, [size]."""
-        taken = Taken((slice(None),), self.weight.copy_, self.weight.device)
-        yield Weight(f"{self.name}.weight", tuple(self.weight.shape), taken)
-
-    def finish(self) -> None:
-        """Nothing to derive."""
-
-    def add(self, residual: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        """Add x, if any, to the residual stream in place and return the norm of the sum."""
-        return add_rms_norm(x, residual, self.weight, self._eps)
-
-
-class Unrotated(NamedTuple):
-    """What a rotary leaf hands to attention, whose kernel rotates and stores in one pass."""
-
-    qkv: torch.Tensor  # [T, (H + 2 * Hkv) * D]
-    frequencies: torch.Tensor  # [D / 2] float32
-
-
-class Rotary:
-    """Rotary positions that are still to be applied: attention does it where it stores the keys."""
-
-    def __init__(
-        self, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
-    ) -> None:
-        self._frequencies = torch.from_numpy(frequencies(head_dim, theta, scaling)).to(device)
-
-    def __call__(self, qkv: torch.Tensor, batch: DeviceBatch) -> Unrotated:
-        """The same numbers, and by what to turn them."""
-        return Unrotated(qkv, self._frequencies)
-
-
-class Attention:
-    """One layer's attention over the pages, for the heads of this rank."""
-
-    def __init__(self, layer: PagedLayer, heads: shards.Heads, head_dim: int) -> None:
-        self._layer = layer
-        self._heads = heads
-        self._head_dim = head_dim
-
-    def __call__(self, qkv: Unrotated, batch: DeviceBatch) -> torch.Tensor:
-        """Rotate queries and keys, write keys and values, attend: [T, H * D]."""
-        x, turns = qkv
-        index, pages = self._layer.kv_index, batch.kv
-        num_heads, num_kv_heads = self._heads
-        rope_store(
-            x,
-            turns,
-            batch.positions,
-            batch.slots,
-            pages.key(index),
-            pages.value(index),
-            pages.key_scale(index),
-            pages.value_scale(index),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=self._head_dim,
-        )
-        num_tokens, size = len(x), num_heads * self._head_dim
-        q = x[:, :size].view(num_tokens, num_heads, self._head_dim)
-        return batch.attention.forward(q, self._layer, batch).reshape(num_tokens, size)
+        if self._activation is None:
+            return self._group.all_reduce(y) if self._reduces else y
+        if not self._gated:
+            return ACTIVATIONS[self._activation](y)
+        if self._activation in gated_kernel.ACTIVATIONS:
+            return gated_kernel.gated(y, self._activation)
+        return gate(y, self._activation)
 
 
 class Head:
@@ -245,30 +163,45 @@ class Head:
         materials: DeviceMaterials,
         *,
         tied_to: Embedding | None = None,
+        bias: bool = False,
+        scale: float = 1.0,
+        softcap: float = 0.0,
     ) -> None:
+        self.name = name
         self._group = materials.group
         self._num_rows = num_rows
         self._tied_to = tied_to
+        self._scale = scale
+        self._softcap = softcap
         if tied_to is None:
-            self.table, self._weight, _ = _table(name, num_rows, size, materials)
+            self.table, self._weight, self._ids = _table(name, num_rows, size, materials)
         else:
-            self.table = tied_to.table
-            (original,) = tied_to.weights()
+            self.table, self._ids = tied_to.table, tied_to.ids
+            original = next(tied_to.weights())
             self._weight = original._replace(name=f"{name}.weight", duplicate_of=original.name)
+        self._device = materials.device
+        self.bias = materials.vector(self.table.num_rows, 0.0) if bias else None
 
     def weights(self) -> Iterator[Weight]:
-        """The table, [num_rows, size]; a checkpoint may repeat a tied one."""
+        """The table, [num_rows, size]; a checkpoint may repeat a tied one. Perhaps a bias."""
         yield self._weight
+        if self.bias is not None:
+            taken = Taken((self._ids,), partial(put, self.bias), self._device)
+            yield Weight(f"{self.name}.bias", (self._num_rows,), taken)
 
     def finish(self) -> None:
         """Derive what the products read, unless the embedding does, and compile them."""
         if self._tied_to is None:
             self.table.finish()
-        self.table.warm_up()
+        self.table.warm_up(self.bias)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] of hidden [L, size], on every rank; rows may be padded in memory."""
-        logits = self.table(hidden)
+        logits = self.table(hidden, self.bias)
+        if self._scale != 1.0:
+            logits *= self._scale
+        if self._softcap:
+            logits = logits.div_(self._softcap).tanh_().mul_(self._softcap)
         if self._group.size == 1:
             return logits
         return self._group.all_gather(logits)[:, : self._num_rows]
@@ -281,7 +214,7 @@ def _table(
     group = materials.group
     ids, num_padded = shards.vocabulary(num_rows, group.size, group.rank)
     table = materials.matrix(materials.scheme.table, num_padded, size)
-    taken = Taken((ids, slice(None)), partial(table.fill, 0), materials.device)
+    taken = Taken((ids, slice(None)), partial(fill, table, 0), materials.device)
     return table, Weight(f"{name}.weight", (num_rows, size), taken), ids
 
 

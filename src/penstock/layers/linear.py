@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from penstock.layers.materials import Materials, weight
+from penstock.layers.specs import Activation
 from penstock.layers.toolkit import Part, Weight
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -47,10 +49,31 @@ def packs(dtype: torch.dtype, device: torch.device | str) -> bool:
     return dtype == torch.float32
 
 
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+}
+
+
+def gate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(gate) * up of x [..., 2 * size], gate first.
+
+    "swiglu_oai" is GPT-OSS's: clipped, and with a sigmoid of 1.702 times the gate.
+    """
+    gates, ups = x.chunk(2, -1)
+    if activation == "swiglu_oai":
+        gates, ups = gates.clamp(max=7.0), ups.clamp(-7.0, 7.0)
+        return (ups + 1) * (gates * torch.sigmoid(1.702 * gates))
+    return ACTIVATIONS[activation](gates).mul_(ups)
+
+
 class Linear:
     """y = x W^T + b, where the rows of W are those of its parts, one after the other.
 
-    A gated one has two parts of equal size, gate and up, and returns silu(gate) * up.
+    A gated one has two parts of equal size, gate and up, and returns activation(gate) * up.
     """
 
     def __init__(
@@ -61,9 +84,11 @@ class Linear:
         bias: bool,
         materials: Materials,
         gated: bool = False,
+        activation: Activation | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self._gated = gated
+        self._activation = activation
         out_size = sum(part.num_rows for part in parts)
         self.weight = materials.empty(out_size, in_size)
         self.bias = materials.empty(out_size).zero_() if bias else None
@@ -73,9 +98,9 @@ class Linear:
         first = 0
         for part in self.parts:
             rows = slice(first, first + part.num_rows)
-            yield weight(f"{part.name}.weight", self.weight[rows])
+            yield weight(f"{part.name}.weight", self.weight[rows], rows=part.rows)
             if self.bias is not None:
-                yield weight(f"{part.name}.bias", self.bias[rows])
+                yield weight(f"{part.name}.bias", self.bias[rows], rows=part.rows)
             first += part.num_rows
 
     def finish(self) -> None:
@@ -86,7 +111,6 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [T, in] to [T, out]; gated: to [T, out / 2]."""
         y = self._product(x)
-        if not self._gated:
+        if self._activation is None:
             return y
-        gate, up = y.chunk(2, -1)
-        return functional.silu(gate).mul_(up)
+        return gate(y, self._activation) if self._gated else ACTIVATIONS[self._activation](y)

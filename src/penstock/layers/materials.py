@@ -12,8 +12,10 @@ from functools import partial
 
 import torch
 
-from penstock.layers.toolkit import StoredTensor, Weight
+from penstock.layers.toolkit import RowMap, Stored, Weight
+from penstock.quantization.codes import CodedTensor
 
+_ROWS_AT_ONCE = 1024  # of a coded matrix, whose numbers are made on the way
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -29,13 +31,23 @@ class Materials:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
-def weight(name: str, data: torch.Tensor, duplicate_of: str | None = None) -> Weight:
+def weight(
+    name: str,
+    data: torch.Tensor,
+    duplicate_of: str | None = None,
+    rows: RowMap | None = None,
+) -> Weight:
     """A weight that is loaded into `data`, often a view of a larger tensor."""
-    return Weight(name, tuple(data.shape), partial(_fill, data), duplicate_of)
+    return Weight(name, tuple(data.shape), partial(_fill, data), duplicate_of, rows)
 
 
-def _fill(data: torch.Tensor, stored: StoredTensor) -> None:
+def _fill(data: torch.Tensor, stored: Stored) -> None:
     """Convert a stored tensor into `data`."""
+    if isinstance(stored, CodedTensor):
+        for first in range(0, stored.shape[0], _ROWS_AT_ONCE):
+            values = torch.from_numpy(stored.values(first, min(first + _ROWS_AT_ONCE, len(data))))
+            data[first : first + len(values)].copy_(values)
+        return
     dtype = _DTYPES[stored.dtype]
     raw = stored.data
     if raw.ctypes.data % dtype.itemsize:  # the format does not promise that numbers are aligned

@@ -16,9 +16,9 @@ from itertools import count
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from penstock import __version__
-from penstock.builtin import resolve_model
 from penstock.engine.client import EngineClient, ThreadClient
 from penstock.engine.config import EngineConfig
+from penstock.engine.locate import locate
 from penstock.errors import ConfigError, InvalidField, RequestError
 from penstock.measure.load.target import Ask, Reply, identify, output_hash
 from penstock.measure.records import Arm, Clock, Request
@@ -70,8 +70,8 @@ class InProcess:
             ConfigError, ModelLoadError: there is no such model, or no such option.
         """
         options = options or {}
-        config = config_of(model, options)
-        tokenizer = load_tokenizer(resolve_model(model))
+        config = locate(config_of(model, options))
+        tokenizer = load_tokenizer(config.path)
         arm = Arm(
             name=arm_name or f"inprocess:{model}",
             target=f"inprocess:{model}",
@@ -216,12 +216,12 @@ def config_of(model: str, options: Mapping[str, str | None]) -> EngineConfig:
     values: dict[str, Any] = {}
     for name, text in options.items():
         field = name.replace("-", "_")
-        if field in ("precision", "ready_timeout_s", "model"):
+        if field in ("precision", "ready_timeout_s", "model", "model_path"):
             raise ConfigError(f"`{name}` is no option of an engine in process.")
         if field not in hints:
             raise ConfigError(
                 f"The engine has no option `{name}`.",
-                hint=f"it has {', '.join(sorted(hints.keys() - {'model'}))}",
+                hint=f"it has {', '.join(sorted(hints.keys() - {'model', 'model_path'}))}",
             )
         values[field] = _value(name, text, hints[field])
     return EngineConfig(model=model, **values)

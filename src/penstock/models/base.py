@@ -43,6 +43,18 @@ class Model(Protocol):
             An array that is valid until the next call; the caller does not change it.
         """
 
+    def hidden(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The last hidden states, [N, hidden], of the tokens `rows` [N] of the last batch.
+
+        Behind the model's last norm. The caller owns the array.
+        """
+
+    def classify(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raw scores of labels, [N, labels], of pooled hidden states [N, hidden].
+
+        Only of a model whose spec has a classifier.
+        """
+
     @property
     def choose(self) -> Choose | None:
         """A faster way to choose tokens than the sampler's own, if the backend has one."""

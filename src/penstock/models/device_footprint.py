@@ -8,13 +8,15 @@ estimate (`tests/models/test_device_footprint.py`). What only a GPU can tell is 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
-from penstock.layers import shards
+from penstock.layers.specs import Activation, AttentionSpec, MLPSpec, NormSpec
+from penstock.models.device_shapes import Share
+from penstock.models.device_weights import weight_bytes
 from penstock.models.footprint import MIB, TORCH_BYTES, Footprint
-from penstock.models.spec import ITEM_BYTES, ModelSpec
+from penstock.models.spec import ITEM_BYTES, LayerSpec, ModelSpec
 from penstock.quantization import schemes
+from penstock.quantization.stored import StoredPrecision
 
 # Estimates, until `tests/gpu` has measured them.
 LIBRARY_BYTES = 320 * MIB  # cuBLAS and its workspaces, our kernels, the allocator's last segments
@@ -28,7 +30,10 @@ MAX_PROGRAMS = 16 * 160  # that share contexts: 16 a multiprocessor of the large
 _ALIGNMENT = 4  # int32 numbers: of `penstock.kernels.transfer`
 _INPUT_BYTES = 40  # of a token: itself, position, slot, its place among tiles and in a rank's table
 _UNPACKED_BYTES = {"int8": 15, "int4": 10}  # a number of a row of a table, on its way out of it
+_MORE_INPUT_BYTES = 16  # of a token: its place among learned positions, what LayerNorm gives beside
 _SETTINGS_BYTES = 64  # of sampling, by row
+# Tensors as wide as an MLP's middle that live at the same time in an activation, if not one.
+_ACTIVE: dict[Activation, int] = {"relu_squared": 2, "swiglu_oai": 6}
 
 
 class DeviceStep(NamedTuple):
@@ -61,18 +66,9 @@ def table_bytes(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
     return 4 * (numbers + 8 * (max_num_seqs + _ALIGNMENT)) + num_rows * _SETTINGS_BYTES
 
 
-def share_of(spec: ModelSpec, group_size: int) -> ModelSpec:
-    """What one of `group_size` ranks has of a model, as if it were a model."""
-    if group_size == 1:
-        return spec
-    heads = shards.heads(spec.num_heads, spec.num_kv_heads, group_size)
-    return replace(
-        spec,
-        vocab_size=shards.vocabulary(spec.vocab_size, group_size, 0).num_rows,
-        intermediate_size=spec.intermediate_size // group_size,
-        num_heads=heads.num_heads,
-        num_kv_heads=heads.num_kv_heads,
-    )
+def share_of(model: ModelSpec, group_size: int) -> Share:
+    """What the first of `group_size` ranks has of a model."""
+    return Share(model, group_size)
 
 
 def on_device(
@@ -83,10 +79,16 @@ def on_device(
     group_size: int = 1,
     *,
     is_on_gpu: bool = True,
+    stored: StoredPrecision | None = None,
 ) -> Footprint:
-    """Of the triton backend, on each of `group_size` ranks; without a GPU, of what tries it out."""
+    """Of the triton backend, on each of `group_size` ranks; without a GPU, of what tries it out.
+
+    What a checkpoint has in codes (`stored`) becomes numbers of `dtype` there.
+    """
     share = share_of(spec, group_size)
     form = dtype if quantization == schemes.NONE else quantization
+    if stored is not None:
+        form = f"{stored.name}, held in {dtype}"
     ranks = ", its share of them" if group_size > 1 else ""
     runtime_bytes, runtime = TORCH_BYTES, "Python and torch"
     if is_on_gpu:
@@ -107,56 +109,83 @@ def on_device(
     )
 
 
-def weight_bytes(share: ModelSpec, dtype: str, quantization: str) -> int:
-    """Of the matrices as `quantization.device` holds them, norms, biases and frequencies."""
-    scheme = schemes.scheme(quantization, dtype)
-    qkv, output, gate, up, down = share.block_matrices
-    joined = (gate[0] + up[0], gate[1])
-    block = sum(
-        schemes.device_bytes(scheme.linear, *shape) for shape in (qkv, output, joined, down)
-    )
-    table = schemes.device_bytes(scheme.table, share.vocab_size, share.hidden_size)
-    num_tables = 1 if share.tied_embeddings else 2
-    vectors = ITEM_BYTES[dtype] * share.num_vector_parameters + 4 * (share.head_dim // 2)
-    return share.num_layers * block + num_tables * table + vectors
-
-
-def activation_bytes(share: ModelSpec, dtype: str, quantization: str, num_tokens: int) -> int:
+def activation_bytes(share: Share, dtype: str, quantization: str, num_tokens: int) -> int:
     """Of the tensors that live at the same time in a step, at its widest place; without scratch.
 
     Beside the residual stream, what the block before gave is alive until the block ends, and so is
     what attention gave until the MLP ends.
     """
     scheme = schemes.scheme(quantization, dtype)
-    hidden, q_size = share.hidden_size, share.num_heads * share.head_dim
-    qkv, middle = share.block_matrices[0][0], share.intermediate_size
-
-    def values(*sizes: int) -> int:
-        return ITEM_BYTES[dtype] * sum(sizes)
-
-    def rounded(size: int) -> int:
-        """The input of a map in 8 bits, with its scales, beside the input itself."""
-        group_size = scheme.linear.group_size or size
-        return size + 4 * -(-size // group_size) if scheme.activation_bits == 8 else 0
-
-    attention = values(*[hidden] * 3) + max(
-        rounded(hidden) + values(qkv),
-        values(qkv, q_size),
-        rounded(q_size) + values(q_size, hidden),
-    )
-    mlp = values(*[hidden] * 4) + max(
-        rounded(hidden) + values(2 * middle),
-        values(2 * middle, middle),
-        rounded(middle) + values(middle, hidden),
-    )
-    embedding = values(2 * hidden)  # a rank's share, and all of it
+    hidden, item_bytes = share.spec.hidden_size, ITEM_BYTES[dtype]
+    widest = max(_block_bytes(share, layer, scheme, item_bytes) for layer in set(share.spec.layers))
+    embedding = item_bytes * 2 * hidden  # a rank's share and all of it, or that of a position
     if (unpacked := _UNPACKED_BYTES.get(scheme.table.dtype)) is not None:
         columns = schemes.DEVICE_COLUMNS
         embedding = -(-hidden // columns) * columns * unpacked
-    return num_tokens * (max(attention, mlp, embedding) + _INPUT_BYTES)
+        embedding = max(embedding, item_bytes * 2 * hidden)
+    is_plain = share.spec.norm == NormSpec(eps=share.spec.norm.eps) and not share.spec.num_positions
+    more = 0 if is_plain else _MORE_INPUT_BYTES
+    return num_tokens * (max(widest, embedding) + _INPUT_BYTES + more)
 
 
-def scratch_bytes(share: ModelSpec) -> int:
+def _block_bytes(share: Share, layer: LayerSpec, scheme: schemes.Scheme, item_bytes: int) -> int:
+    """Of a token, in a block."""
+    spec = share.spec
+    hidden = item_bytes * spec.hidden_size
+    attending = _attention_bytes(share, layer, scheme, item_bytes)
+    within = _mlp_bytes(share, layer, scheme, item_bytes)
+    normed = 0
+    if spec.norm.offset and spec.norm.kind == "layer":  # in float32, in and out
+        normed = (4 if spec.names.after_mlp else 3) * hidden + 2 * 4 * spec.hidden_size + hidden
+    beside = 1 if spec.arrangement == "parallel" else 0  # the input of the other one
+    return max((3 + beside) * hidden + attending, (4 + beside) * hidden + within, normed)
+
+
+def _attention_bytes(
+    share: Share, layer: LayerSpec, scheme: schemes.Scheme, item_bytes: int
+) -> int:
+    """Of a token, within attention."""
+    spec, attention = share.spec, layer.attention
+    assert isinstance(attention, AttentionSpec)
+    num_turned = share.num_heads + share.num_kv_heads
+    q_size = share.num_heads * share.head_dim
+    q_bytes = item_bytes * q_size
+    qkv = item_bytes * (num_turned + share.num_kv_heads) * share.head_dim
+    widths = [
+        _rounded(scheme, spec.hidden_size) + qkv,
+        qkv + q_bytes,
+        _rounded(scheme, q_size) + q_bytes + item_bytes * spec.hidden_size,
+    ]
+    if attention.qk_norm is not None:
+        by_kernel = attention.qk_norm.kind == "rms" and attention.qk_norm_over != "heads"
+        widths.append(qkv + (2 * item_bytes if by_kernel else 3 * 4) * q_size + 8 * num_turned)
+    rope = attention.rope
+    if rope is not None and (rope.dim != share.head_dim or rope.factor != 1.0):
+        widths.append(qkv + 3 * 4 * num_turned * rope.dim + 8 * rope.dim + 4)
+    return max(widths)
+
+
+def _mlp_bytes(share: Share, layer: LayerSpec, scheme: schemes.Scheme, item_bytes: int) -> int:
+    """Of a token, within the MLP."""
+    hidden, mlp = share.spec.hidden_size, layer.mlp
+    assert isinstance(mlp, MLPSpec)
+    size = mlp.size // share.group_size
+    middle = item_bytes * size
+    first = (2 if mlp.is_gated else 1) * middle
+    return max(
+        _rounded(scheme, hidden) + first,
+        first + _ACTIVE.get(mlp.activation, 1) * middle,
+        _rounded(scheme, size) + middle + item_bytes * hidden,
+    )
+
+
+def _rounded(scheme: schemes.Scheme, size: int) -> int:
+    """The input of a map in 8 bits, with its scales, beside the input itself."""
+    group_size = scheme.linear.group_size or size
+    return size + 4 * -(-size // group_size) if scheme.activation_bits == 8 else 0
+
+
+def scratch_bytes(share: Share) -> int:
     """Of partial sums. Work is divided until it fills a GPU, so that this knows no step."""
     group = share.num_heads // share.num_kv_heads
     return SPLIT_K_BYTES + MAX_PROGRAMS * group * 4 * (share.head_dim + 1)

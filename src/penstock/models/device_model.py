@@ -16,16 +16,18 @@ import torch
 
 from penstock.attention.paged import DeviceBatch, PagedAttention, choose
 from penstock.attention.pages import KVPages
+from penstock.errors import ConfigError
 from penstock.kernels.op import mode
 from penstock.layers import shards
-from penstock.layers.device_leaves import DeviceMaterials, Taken
+from penstock.layers.device_materials import DeviceMaterials, Taken
 from penstock.layers.device_toolkit import DeviceToolkit
+from penstock.layers.specs import AttentionSpec
 from penstock.layers.toolkit import Layer
 from penstock.models.blocks import Decoder
+from penstock.models.compose import compose
 from penstock.models.files import read_config
 from penstock.models.load import timed
 from penstock.models.loader import DUMMY_STD, LoadFormat, load_weights
-from penstock.models.registry import builder
 from penstock.models.spec import ModelSpec
 from penstock.parallel.group import Group
 from penstock.quantization.schemes import scheme
@@ -118,16 +120,17 @@ def load(
     attention = choose(
         attention_backend, Share(*heads, spec.head_dim), kv_cache_dtype, block_size, device
     )
+    check_attention(spec, attention.name)
     with timed(phases, "load"), torch.inference_mode():
         materials = DeviceMaterials(
             getattr(torch, dtype), device, group, scheme(quantization, dtype)
         )
-        decoder = builder(spec.architecture)(spec, DeviceToolkit(materials))
+        decoder = compose(spec, DeviceToolkit(materials))
         layers = list(decoder.layers())
         if load_format == "dummy":
             _draw(layers, seed, materials)
         else:
-            load_weights(layers, path)
+            load_weights(layers, path, names=spec.names)
         if device.type == "cuda":  # what drawing and quantizing took is planned for the pages
             torch.cuda.empty_cache()
     with timed(phases, "kv"):
@@ -141,6 +144,23 @@ def load(
             device,
         )
     return DeviceModel(decoder, materials, kv, attention)
+
+
+def check_attention(spec: ModelSpec, name: str) -> None:
+    """Refuse an attention backend that has not what the layers of a model ask for.
+
+    Raises:
+        ConfigError: it says what.
+    """
+    has_sinks = any(
+        isinstance(layer.attention, AttentionSpec) and layer.attention.has_sinks
+        for layer in spec.layers
+    )
+    if has_sinks and name != "triton":
+        raise ConfigError(
+            f"`attention_backend` is `{name}`, which has no attention sinks, and this model has.",
+            hint="use `--attention-backend triton`",
+        )
 
 
 class Share(NamedTuple):

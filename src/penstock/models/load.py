@@ -19,10 +19,13 @@ from penstock.extras import explain, why_not
 from penstock.hardware import has_nvidia_device
 from penstock.layers import shards
 from penstock.models.base import Model
+from penstock.models.device_shapes import Share, why_not_on_device, why_not_shared
 from penstock.models.files import read_config
 from penstock.models.loader import LoadFormat
 from penstock.models.spec import ModelSpec
 from penstock.quantization.schemes import NONE
+
+_FOREIGN = "its architecture is none of ours: transformers' modules compute it, on torch"
 
 
 class Problem(NamedTuple):
@@ -39,9 +42,13 @@ class Backends:
     Each backend is looked at when it is asked for, once.
     """
 
-    def __init__(self, spec: ModelSpec, tensor_parallel_size: int = 1) -> None:
+    def __init__(
+        self, spec: ModelSpec, tensor_parallel_size: int = 1, *, pools: bool = False
+    ) -> None:
+        """`pools`: its hidden states are wanted, and no tokens."""
         self._spec = spec
         self._num_ranks = tensor_parallel_size
+        self._pools = pools
         self._problems: dict[str, Problem | None] = {}
 
     @property
@@ -84,7 +91,9 @@ class Backends:
 
     def _problem(self, name: str) -> Problem | None:
         if name not in self._problems:
-            if name == "triton":
+            if name == "triton" and self._pools:
+                self._problems[name] = Problem("it does not pool yet")
+            elif name == "triton":
                 self._problems[name] = device_problem(self._spec, self._num_ranks)
             else:
                 reason = native_problem(self._spec)
@@ -94,6 +103,8 @@ class Backends:
 
 def native_problem(spec: ModelSpec) -> str | None:
     """Why the native backend cannot compute such a model on this machine; None if it can."""
+    if spec.is_foreign:
+        return _FOREIGN
     from penstock.models import native_model
 
     return native_model.unsupported(spec)
@@ -108,8 +119,13 @@ def device_problem(spec: ModelSpec, tensor_parallel_size: int = 1) -> Problem | 
     Raises:
         ConfigError: `PENSTOCK_KERNELS` is neither of its values, or asks for what cannot run.
     """
-    if reason := shards.problem(spec, tensor_parallel_size):
-        return Problem(reason, f"use `--tensor-parallel-size` of {_any(shards.sizes(spec))}")
+    if spec.is_foreign:
+        return Problem(_FOREIGN)
+    if reason := why_not_on_device(spec):
+        return Problem(reason)
+    if reason := why_not_shared(spec, tensor_parallel_size):
+        sizes = [size for size in shards.sizes(Share(spec)) if why_not_shared(spec, size) is None]
+        return Problem(reason, f"use `--tensor-parallel-size` of {_any(sizes)}")
     try:
         on_cpu = bool(os.environ.get("PENSTOCK_KERNELS")) or _is_interpreted()
         if not on_cpu and not has_nvidia_device():

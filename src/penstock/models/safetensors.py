@@ -15,6 +15,7 @@ import ctypes
 import json
 import math
 import mmap
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from penstock.errors import ModelLoadError
-from penstock.layers.toolkit import StoredTensor
+from penstock.gguf.reader import map_file
+from penstock.quantization.codes import Found, StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
 MAX_DIMS = 8
 MAX_SIZE = 2**63 - 1
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
+_NUMBER_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Bytes of a number. A dtype that is not here is passed on unchecked: nobody reads such a tensor.
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -61,12 +64,13 @@ def map_tensors(file: Path) -> list[StoredTensor]:
         ModelLoadError: the file cannot be opened, or it is not a whole safetensors file.
     """
     try:
+        if stat.S_ISFIFO(file.stat().st_mode):
+            raise _Damaged("it is a pipe")  # to open it would wait for who writes
         with file.open("rb") as opened:
             num_bytes = opened.seek(0, 2)
             if num_bytes < _LENGTH_BYTES:
                 raise _Damaged(f"it has `{num_bytes}` bytes, too few for a header")
-            # Private and writable, so that torch takes a view of it without a copy or a warning.
-            mapped = mmap.mmap(opened.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+            mapped = map_file(opened, num_bytes)
         data = np.frombuffer(mapped, np.uint8)
         header_bytes = int.from_bytes(data[:_LENGTH_BYTES].tobytes(), "little")
         first = _LENGTH_BYTES + header_bytes
@@ -82,12 +86,24 @@ def map_tensors(file: Path) -> list[StoredTensor]:
         raise ModelLoadError(f"`{file}` cannot be read: {error}.", hint=hint) from error
     body = data[first:]
     return [
-        StoredTensor(entry.name, entry.dtype, entry.shape, body[entry.start : entry.stop])
+        StoredTensor(entry.name, entry.dtype, entry.shape, body[entry.start : entry.stop], True)
         for entry in entries
     ]
 
 
-def in_turn(tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+def number_type(file: Path) -> str | None:
+    """The type of a file's first matrix of plain numbers, as configs call it; None: it has none.
+
+    Raises:
+        ModelLoadError: as `map_tensors`.
+    """
+    for tensor in map_tensors(file):
+        if tensor.dtype in _NUMBER_TYPES and len(tensor.shape) > 1:
+            return _NUMBER_TYPES[tensor.dtype]
+    return None
+
+
+def in_turn(tensors: Sequence[Found]) -> Iterator[Found]:
     """Mapped tensors, one after the other, for whoever is done with each when it asks for the next.
 
     The next one is on its way from the disk while one is used, and the memory of those before it
@@ -100,8 +116,10 @@ def in_turn(tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
         _advise(tensor, "MADV_DONTNEED")
 
 
-def _advise(tensor: StoredTensor, advice: str) -> None:
+def _advise(tensor: Found, advice: str) -> None:
     """Tell the system about the pages of a tensor that is mapped and was never written to."""
+    if not isinstance(tensor, StoredTensor) or not tensor.is_mapped:
+        return  # other memory would lose what it holds
     if hasattr(mmap, advice) and tensor.data.size:
         into_page = tensor.data.ctypes.data % mmap.PAGESIZE
         start = ctypes.c_void_p(tensor.data.ctypes.data - into_page)

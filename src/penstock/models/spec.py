@@ -1,247 +1,181 @@
-"""What a model is, read strictly from its config: shapes, constants and what they cost.
+"""What a model is: shapes, constants, and under which names a checkpoint has its weights.
 
-Owns the reading of `config.json`. Knows no weights and no files, and imports no torch: what a model
-needs is known before anything is loaded.
-
-Invariant: a value that would change the result and is not implemented is refused by name here,
-never ignored.
+Owns `ModelSpec`, which an architecture's file (`models/architectures/`) reads out of a config.
+Knows no weights and no files, and imports no torch: what a model needs is known before anything
+is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal
 
-from penstock.errors import UnsupportedModel
-from penstock.layers.scaling import LinearScaling, Llama3Scaling, RopeScaling
-
-_T = TypeVar("_T")
-_REQUIRED: Any = object()
+from penstock.layers.specs import (
+    AttentionSpec,
+    ClassifierSpec,
+    ExpertsSpec,
+    LatentSpec,
+    MLPSpec,
+    NormSpec,
+)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # by dtype
 
-MAX_SIZE = 2**40  # far beyond any model; what arithmetic and tensors can take
-MAX_LAYERS = 4096
+# Where the norms of a block are, and what they norm.
+# pre: before attention and before the MLP. sandwich: and behind each, before the sum (Gemma 2).
+# post: only behind each, before the sum (OLMo 2). parallel: attention and MLP side by side, from
+# the same stream (GPT-J). encoder: behind each sum, which makes a new stream (BERT).
+Arrangement = Literal["pre", "sandwich", "post", "parallel", "encoder"]
+# How the rows of a joined map of queries, keys and values lie in a checkpoint.
+# stacked: all queries, all keys, all values. heads: each head's three, one after the other (GPT-
+# NeoX). groups: each KV head's queries, its key and its value (Falcon).
+Joined = Literal["stacked", "heads", "groups"]
 
-# Keys that change what a Llama computes. They may be absent, null or false, and nothing else.
-_REFUSED = (
-    "attention_sinks",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "layer_types",
-    "logit_scale",
-    "num_experts",
-    "num_local_experts",
-    "partial_rotary_factor",
-    "quantization_config",
-    "rope_interleaved",
-    "sliding_window",
-    "use_qk_norm",
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """Names in a checkpoint, those of a block without the block's own; the default are Llama's."""
+
+    embedding: str = "model.embed_tokens"
+    positions: str = ""
+    token_types: str = ""
+    embedding_norm: str = ""  # of the sum of embeddings (BERT)
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    block: str = "model.layers.{}"
+
+    attention_norm: str = "input_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    qkv: str = ""  # if the three are one
+    qkv_rows: Joined = "stacked"
+    output: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
+    after_attention: str = ""  # the norm behind it
+
+    query_down: str = "self_attn.q_a_proj"
+    query_down_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    latent_down: str = "self_attn.kv_a_proj_with_mqa"
+    latent_norm: str = "self_attn.kv_a_layernorm"
+    latent_up: str = "self_attn.kv_b_proj"
+
+    mlp_norm: str = "post_attention_layernorm"  # parallel: "" is that of attention
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    gate_up: str = ""  # if the two are one
+    down: str = "mlp.down_proj"
+    after_mlp: str = ""  # the norm behind it
+
+    router: str = "mlp.gate"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    expert: str = "mlp.experts.{}"
+    expert_gate: str = "gate_proj"
+    expert_up: str = "up_proj"
+    expert_down: str = "down_proj"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+    is_transposed: bool = False  # matrices of blocks are [in, out] (GPT-2's Conv1D)
+    # (ours, theirs): there are checkpoints whose names begin with `theirs` where ours, above, begin
+    # with `ours`.
+    prefixes: tuple[tuple[str, str], ...] = ()
+    # Names that begin so are other parts of a model of which this is the text part.
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One block."""
+
+    attention: AttentionSpec | LatentSpec
+    mlp: MLPSpec | ExpertsSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Shapes and constants of a decoder-only transformer."""
+    """Shapes and constants of a transformer."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
     max_context_len: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    attention_bias: bool
-    mlp_bias: bool
     tied_embeddings: bool
     dtype: str  # what the checkpoint says its weights are: a key of ITEM_BYTES
+    names: Names = Names()
+    arrangement: Arrangement = "pre"
+    has_final_norm: bool = True
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the stream
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    has_head_bias: bool = False
+    num_positions: int = 0  # rows of a table of learned positions
+    first_position: int = 0  # the row of position 0
+    num_token_types: int = 0  # a token of type t is t * num_positions further on
+    has_head: bool = True  # False: it has no scores of tokens
+    is_foreign: bool = False  # transformers' own modules compute it; sizes of MLPs are a guess
+    classifier: ClassifierSpec | None = None  # it has scores of labels instead
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read a Hugging Face config.
+        """Read a config as Hugging Face writes it, by the file of its architecture.
 
         Raises:
-            UnsupportedModel: a key is missing, has the wrong type or a value that is not
-                implemented; the message names the key.
+            UnsupportedModel: the architecture is not known, or a key is missing, has the wrong
+                type or a value that is not implemented; the message names the key.
         """
-        read = _Reader(config)
-        read.refuse(_REFUSED)
-        read.expect("hidden_act", "silu")
-        hidden_size = read.size("hidden_size")
-        num_heads = read.size("num_attention_heads")
-        theta, scaling = _rope(read)
-        spec = cls(
-            architecture=_architecture(config),
-            vocab_size=read.size("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=read.size("intermediate_size"),
-            num_layers=read.size("num_hidden_layers", high=MAX_LAYERS),
-            num_heads=num_heads,
-            num_kv_heads=read.size("num_key_value_heads", num_heads),
-            head_dim=read.size("head_dim", hidden_size // num_heads),
-            max_context_len=read.size("max_position_embeddings", 2048),
-            norm_eps=read.factor("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            attention_bias=read.value(bool, "attention_bias", False),
-            mlp_bias=read.value(bool, "mlp_bias", False),
-            tied_embeddings=read.value(bool, "tie_word_embeddings", False),
-            dtype=_dtype(read),
-        )
-        if spec.num_heads % spec.num_kv_heads:
-            raise read.error("num_key_value_heads", f"a divisor of `{spec.num_heads}`")
-        if spec.head_dim % 2:
-            raise read.error("head_dim", "even, because RoPE rotates its halves")
-        return spec
+        from penstock.models.registry import read_spec  # which knows the files that know this one
+
+        return read_spec(config)
 
     @property
-    def block_matrices(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the matrices of a block; the fused one of attention is one."""
-        hidden, q_size = self.hidden_size, self.num_heads * self.head_dim
-        return (
-            (q_size + 2 * self.num_kv_heads * self.head_dim, hidden),
-            (hidden, q_size),
-            (self.intermediate_size, hidden),  # gate
-            (self.intermediate_size, hidden),  # up
-            (hidden, self.intermediate_size),
-        )
+    def num_layers(self) -> int:
+        """Blocks."""
+        return len(self.layers)
 
     @property
-    def num_vector_parameters(self) -> int:
-        """Numbers in the scales of norms and in biases."""
-        qkv, output, gate, up, down = (rows for rows, _ in self.block_matrices)
-        block = 2 * self.hidden_size
-        if self.attention_bias:
-            block += qkv + output
-        if self.mlp_bias:
-            block += gate + up + down
-        return self.num_layers * block + self.hidden_size
+    def num_heads(self) -> int:
+        """Query heads of a layer: the most."""
+        return max(layer.attention.num_heads for layer in self.layers)
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Vectors that a layer of the KV store keeps of a token, and the numbers of each."""
+        return self.layers[0].attention.cached
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys; of latents one."""
+        return (self.cached[0] + 1) // 2
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a vector in the KV store."""
+        return self.cached[1]
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it maps whole texts to vectors and writes none."""
+        attention = self.layers[0].attention
+        return isinstance(attention, AttentionSpec) and not attention.is_causal
 
     @property
     def num_parameters(self) -> int:
         """Numbers in the weights; tied tables count once."""
-        block = sum(rows * columns for rows, columns in self.block_matrices)
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return tables + self.num_layers * block + self.num_vector_parameters
+        from penstock.models.shapes import shapes_of  # which runs what builds models
+
+        return shapes_of(self).num_parameters
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of one token in the KV store; int8 and fp8 have a float32 scale for each vector."""
+        num_vectors, size = self.cached
         is_scaled = dtype in {"int8", "fp8"}
-        vector_bytes = self.head_dim + 4 if is_scaled else self.head_dim * ITEM_BYTES[dtype]
-        return self.num_layers * 2 * self.num_kv_heads * vector_bytes
-
-
-class _Reader:
-    """Typed access to a config; every failure names its key."""
-
-    def __init__(self, config: Mapping[str, Any], prefix: str = "") -> None:
-        self._config = config
-        self._prefix = prefix
-
-    def error(self, key: str, wanted: str) -> UnsupportedModel:
-        """What to raise when a key has a value that cannot be used."""
-        if key not in self._config:
-            return UnsupportedModel(f"`{self._prefix}{key}` is missing in the model's config.")
-        value = repr(self._config[key])
-        value = value if len(value) <= 80 else value[:80] + "..."
-        return UnsupportedModel(
-            f"`{self._prefix}{key}` is `{value}` in the model's config; it must be {wanted}."
-        )
-
-    def value(self, kind: type[_T], key: str, default: _T = _REQUIRED) -> _T:
-        """The value of a key; absent and null are the default. An int will do for a float."""
-        value = self._config.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.error(key, f"of type {kind.__name__}")
-            return default
-        if kind is float and type(value) is int and abs(value) <= MAX_SIZE:
-            value = float(value)
-        if type(value) is not kind:
-            raise self.error(key, f"of type {kind.__name__}")
-        return value
-
-    def size(self, key: str, default: int = _REQUIRED, *, high: int = MAX_SIZE) -> int:
-        """A positive integer."""
-        value = self.value(int, key, default)
-        if not 1 <= value <= high:
-            raise self.error(key, f"a positive integer of at most `{high}`")
-        return value
-
-    def factor(self, key: str, default: float = _REQUIRED) -> float:
-        """A positive number."""
-        value = self.value(float, key, default)
-        if not 0.0 < value < float("inf"):
-            raise self.error(key, "a positive number")
-        return value
-
-    def expect(self, key: str, wanted: str) -> None:
-        """Refuse any other value than this one; absent is this one."""
-        if self._config.get(key, wanted) != wanted:
-            raise self.error(key, f"`{wanted}`")
-
-    def refuse(self, keys: tuple[str, ...]) -> None:
-        """Refuse keys whose meaning is not implemented."""
-        for key in keys:
-            if self._config.get(key) not in (None, False):
-                raise self.error(key, "absent, because it is not implemented")
-
-    def section(self, key: str) -> _Reader | None:
-        """A nested object, or None if it is absent."""
-        value = self._config.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise self.error(key, "an object")
-        return _Reader(value, f"{self._prefix}{key}.")
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
-        raise UnsupportedModel(
-            f"`architectures` is `{names!r}` in the model's config; it must be a list of one name."
-        )
-    return str(names[0])
-
-
-def _dtype(read: _Reader) -> str:
-    """`dtype` since transformers 5, `torch_dtype` before."""
-    key = "dtype" if read.value(str, "dtype", "") else "torch_dtype"
-    name = read.value(str, key, "float32")
-    if name not in ITEM_BYTES:
-        raise read.error(key, f"one of {', '.join(ITEM_BYTES)}")
-    return name
-
-
-def _rope(read: _Reader) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: `rope_parameters` since transformers 5, `rope_scaling` before."""
-    theta = read.factor("rope_theta", 10000.0)
-    section = read.section("rope_parameters") or read.section("rope_scaling")
-    if section is None:
-        return theta, None
-    theta = section.factor("rope_theta", theta)
-    section.refuse(("partial_rotary_factor",))
-    kind_key = "rope_type" if section.value(str, "rope_type", "") else "type"
-    kind = section.value(str, kind_key, "default")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearScaling(section.factor("factor"))
-    if kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=section.factor("factor"),
-            low_freq_factor=section.factor("low_freq_factor"),
-            high_freq_factor=section.factor("high_freq_factor"),
-            original_context_len=section.size("original_max_position_embeddings"),
-        )
-        if scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise section.error("low_freq_factor", f"below `{scaling.high_freq_factor}`")
-        return theta, scaling
-    raise section.error(kind_key, "`default`, `linear` or `llama3`")
+        vector_bytes = size + 4 if is_scaled else size * ITEM_BYTES[dtype]
+        return self.num_layers * num_vectors * vector_bytes

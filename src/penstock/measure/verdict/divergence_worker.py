@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.builtin import resolve_model
 from penstock.engine.build import make_runner
+from penstock.engine.locate import locate
 from penstock.engine.plan import Admission, Slice, StepPlan
 from penstock.engine.runner import Runner
 from penstock.errors import ConfigError, PenstockError
@@ -59,9 +59,9 @@ class Logits:
         Raises:
             ConfigError, ModelLoadError: as the engine does.
         """
-        path = resolve_model(model)
+        config = locate(config_of(model, {**options, "max_num_seqs": "1"}))
+        path = config.path
         spec = ModelSpec.from_hf(read_config(path))
-        config = config_of(model, {**options, "max_num_seqs": "1"})
         config = config.resolve(
             max_context_len=spec.max_context_len,
             checkpoint_dtype=spec.dtype,
@@ -96,8 +96,7 @@ class Logits:
 
 def windows(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Facts of each text; of a conversation only the answer's tokens are compared."""
-    path = resolve_model(job["model"])
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(locate(config_of(job["model"], job["options"][0])).path)
     template = ChatTemplate.for_tokenizer(tokenizer)
     base, variant = (Logits(job["model"], options) for options in job["options"])
     num_done = 0

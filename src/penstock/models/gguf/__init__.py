@@ -1,0 +1,1 @@
+"""GGUF files as checkpoints: configs and names. `penstock.models.gguf_model` is the entrance."""
