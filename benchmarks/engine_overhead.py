@@ -66,6 +66,12 @@ class ConstantModel:
         self.spent_s += time.perf_counter() - started_s
         return logits
 
+    def hidden(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        raise AssertionError("nothing asks for hidden states")
+
+    def classify(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+        raise AssertionError("it has no classifier")
+
 
 def engine(num_running: int, vocab_size: int) -> tuple[EngineCore, HostRunner, ConstantModel]:
     """An engine around the constant model, with room for all requests."""

@@ -83,7 +83,7 @@ def weight_errors(path: Path) -> dict[str, dict[str, float]]:
         exact = exact.reshape(tensor.shape)
         kind = tensor.name.split(".")[-2]
         for form in formats:
-            weight = PackedWeight(pool, form.dtype, form.group_size, *tensor.shape, Arena())
+            weight = PackedWeight(pool, form, *tensor.shape, Arena())
             weight.pack(tensor.data, "bfloat16", tensor.shape[0], Placement())
             packed = unpack(form, weight.data, weight.scales, *tensor.shape)
             pair = np.square([packed - exact, exact], dtype=np.float64).sum(axis=(1, 2))

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from penstock.models.registry import ARCHITECTURES
+from penstock.models.architectures import ARCHITECTURES, POOLING_ARCHITECTURES
 
 SRC = Path(__file__).parent.parent / "src" / "penstock"
-ARCHITECTURE_FILES = {  # one each, and outside the cap
-    f"{path.partition(':')[0].rpartition('.')[2]}.py" for path in ARCHITECTURES.values()
-}
 FILE_CAP = 500
 
 
@@ -24,20 +21,24 @@ def num_lines(*parts: str) -> int:
 def model_lines() -> int:
     return sum(
         len(path.read_text().splitlines())
-        for path in (SRC / "models").glob("*.py")
-        if path.name not in ARCHITECTURE_FILES
+        for path in (SRC / "models").glob("*.py")  # not architectures/, which are one file each
     )
+
+
+def test_every_architecture_has_a_file() -> None:
+    found = {path.stem for path in (SRC / "models" / "architectures").glob("*.py")} - {"__init__"}
+    assert found - {"foreign"} == set((ARCHITECTURES | POOLING_ARCHITECTURES).values())
 
 
 @pytest.mark.parametrize(
     ("name", "lines", "cap"),
     [
-        ("engine", num_lines("engine"), 3700),  # this and the core: ADR 0009
-        ("models", model_lines(), 2500),
+        ("engine", num_lines("engine"), 4100),  # these: ADR 0011
+        ("models", model_lines(), 6000),
         (
             "core",
             num_lines("engine", "layers", "attention", "parallel", "sampling") + model_lines(),
-            9900,
+            16200,
         ),
     ],
 )

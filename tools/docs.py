@@ -6,6 +6,7 @@ the check, so that a figure in the README is always one of `results/`.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
@@ -107,6 +108,39 @@ _BITS = {
     "int4-g128": "4.125, tables 8",
     "int4-g128-a16": "4.125, tables 8",
 }
+
+
+def formats() -> str:
+    """What each format takes and brings: results/formats.json."""
+    if not (RESULTS / "formats.json").exists():
+        return "Not measured yet."
+    document = _load("formats")
+    lines = [
+        "| model, format, engine | weights, MiB | load, s | decode 1, tok/s | decode 8 "
+        "| prompt of 512 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["figures"]["rows"]:
+        cells = [f"{row['shape']}, {row['format']}, {row['engine']}"]
+        cells.append(f"{row['weight_mib']:.0f}" if "weight_mib" in row else "")
+        if "failed" in row:
+            lines.append(f"| {' | '.join(cells)} | failed | | | |")
+            continue
+        cells.append(f"{row['load_s']['median']:.2f}")
+        for figure in ("decode_1_tok_s", "decode_8_tok_s", "prefill_512_tok_s"):
+            ratio = row.get(f"{figure}_over_bf16")
+            told = f" ({ratio['median']:.2f}x)" if ratio else ""
+            cells.append(f"{row[figure]['median']:.1f}{told}")
+        lines.append(f"| {' | '.join(cells)} |")
+    environment, rounds = document["environment"], document["figures"]["rounds"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{environment['cpu']}, {environment['num_cores']} cores. Medians of {rounds} rounds; "
+            "in brackets the ratio to bf16 in the same round.",
+        ]
+    )
 
 
 def peers() -> str:
@@ -281,7 +315,22 @@ def _conditions() -> str:
     )
 
 
+def architectures() -> str:
+    """Which architectures there are, by the file that reads them."""
+    from penstock.models.architectures import ARCHITECTURES, POOLING_ARCHITECTURES
+
+    lines = ["| | `architectures` in config.json |", "|---|---|"]
+    for kind, table in (("", ARCHITECTURES), (" (pooled)", POOLING_ARCHITECTURES)):
+        for file in sorted(set(table.values())):
+            path = ROOT / "src/penstock/models/architectures" / f"{file}.py"
+            told = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+            names = ", ".join(f"`{name}`" for name in sorted(table) if table[name] == file)
+            lines.append(f"| {told.rstrip('.')}{kind} | {names} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "architectures": ("docs/models.md", architectures),
     "figures": ("README.md", figures),
     "options": ("docs/serving.md", options),
     "backends": ("docs/gpu.md", backends),
@@ -291,6 +340,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "measuring": ("docs/measure/client.md", measuring),
     "verdicts": ("README.md", verdicts),
     "engines": ("README.md", engines),
+    "formats": ("docs/formats.md", formats),
 }
 
 

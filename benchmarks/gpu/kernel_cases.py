@@ -19,6 +19,8 @@ from penstock.kernels.add_rms_norm import add_rms_norm
 from penstock.kernels.gated import gated
 from penstock.kernels.rope_store import rope_store
 from penstock.kernels.sample import sample
+from penstock.models.device_shapes import Share
+from penstock.models.shapes import shapes_of
 from penstock.models.spec import ModelSpec
 from penstock.quantization.device import make_weight
 from penstock.quantization.schemes import Format, device_bytes, scheme
@@ -176,7 +178,7 @@ def elementwise_cases(
     device: torch.device, spec: ModelSpec, tokens: Sequence[int]
 ) -> Iterator[tuple[str, Case]]:
     """Norm with its addition, activation with its product, rotation with the writing of keys."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden, inner = spec.hidden_size, Share(spec).intermediate_size
     query, stored = spec.num_heads * spec.head_dim, 2 * spec.num_kv_heads * spec.head_dim
     # Numbers that a token moves. norm: two read, two written. rope: queries written back, keys and
     # values written to their pages.
@@ -198,12 +200,12 @@ def _norm(device: torch.device, spec: ModelSpec, num_tokens: int, num_sets: int)
     weight = torch.ones(spec.hidden_size, dtype=DTYPE, device=device)
     for _ in range(num_sets):
         x, residual = _randn(2, num_tokens, spec.hidden_size, device=device)
-        yield partial(add_rms_norm, x, residual, weight, spec.norm_eps)
+        yield partial(add_rms_norm, x, residual, weight, spec.norm.eps)
 
 
 def _gated(device: torch.device, spec: ModelSpec, num_tokens: int, num_sets: int) -> Iterator[Call]:
     for _ in range(num_sets):
-        yield partial(gated, _randn(num_tokens, 2 * spec.intermediate_size, device=device))
+        yield partial(gated, _randn(num_tokens, 2 * Share(spec).intermediate_size, device=device))
 
 
 def _rope(device: torch.device, spec: ModelSpec, num_tokens: int, num_sets: int) -> Iterator[Call]:
@@ -238,9 +240,10 @@ def matmul_cases(
     few_tokens: Sequence[int],
 ) -> Iterator[tuple[str, Case]]:
     """A block's matrices in every format of the weights; all but the largest with few tokens."""
-    qkv, output, gate, up, down = spec.block_matrices
+    block = [matrix for matrix in shapes_of(spec).matrices if matrix.role == "linear"][:4]
+    qkv, output, joined, down = ((matrix.num_rows, matrix.num_columns) for matrix in block)
     matrices = {
-        "gate and up": ((gate[0] + up[0], gate[1]), tokens),
+        "gate and up": (joined, tokens),
         "qkv": (qkv, few_tokens),
         "output": (output, few_tokens),
         "down": (down, few_tokens),

@@ -8,6 +8,7 @@ Knows no device: rates are measured elsewhere (Williams et al. 2009, the rooflin
 
 from __future__ import annotations
 
+from penstock.models.shapes import shapes_of
 from penstock.models.spec import ITEM_BYTES, ModelSpec
 from penstock.quantization.schemes import NONE, device_bytes, scheme
 
@@ -16,7 +17,8 @@ DTYPE = "bfloat16"  # what all models are computed in here
 
 def block_parameters(spec: ModelSpec) -> int:
     """Weights of all blocks that every token is multiplied with."""
-    return spec.num_layers * sum(rows * columns for rows, columns in spec.block_matrices)
+    matrices = shapes_of(spec).matrices
+    return sum(matrix.num_parameters for matrix in matrices if matrix.role == "linear")
 
 
 def head_parameters(spec: ModelSpec) -> int:
@@ -27,9 +29,14 @@ def head_parameters(spec: ModelSpec) -> int:
 def weight_bytes(spec: ModelSpec, quantization: str = NONE) -> int:
     """Bytes of all that a decode step multiplies with, in a format of the weights."""
     formats = scheme(quantization, DTYPE)
-    block = sum(device_bytes(formats.linear, *matrix) for matrix in spec.block_matrices)
+    shapes = shapes_of(spec)
+    blocks = sum(
+        device_bytes(formats.linear, matrix.num_rows, matrix.num_columns)
+        for matrix in shapes.matrices
+        if matrix.role == "linear"
+    )
     head = device_bytes(formats.table, spec.vocab_size, spec.hidden_size)
-    return spec.num_layers * block + head + spec.num_vector_parameters * ITEM_BYTES[DTYPE]
+    return blocks + head + shapes.num_vector_parameters * ITEM_BYTES[DTYPE]
 
 
 def decode_bytes(

@@ -168,20 +168,8 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    _add_tokenizer(writer, checkpoint / "tokenizer.json", config)
-    if config["rope_scaling"]:
-        writer.add_tensor("rope_freqs.weight", _frequency_factors(config))
+    add_keys(writer, config, checkpoint / "tokenizer.json")
     for name, tensor in _tensors(checkpoint, config):
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor)
@@ -192,6 +180,23 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_keys(writer: Any, config: dict[str, Any], tokenizer: Path) -> None:
+    """What a file says of a Llama: sizes, vocabulary, and the tensor of Llama 3's scaling."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, tokenizer, config)
+    if config["rope_scaling"]:
+        writer.add_tensor("rope_freqs.weight", _frequency_factors(config))
 
 
 def _add_tokenizer(writer: Any, file: Path, config: dict[str, Any]) -> None:

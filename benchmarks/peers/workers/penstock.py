@@ -41,7 +41,7 @@ class Penstock(Engine):
             **options.extra,
         }
         if "quantization" in settings:  # else there is nothing to keep
-            settings["weight_cache"] = options.directory
+            settings.setdefault("weight_cache", options.directory)
         self._core = EngineCore.from_config(EngineConfig(**settings))
         self._ids = count()
 

@@ -16,8 +16,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from penstock.builtin import resolve_model
 from penstock.errors import ConfigError
+from penstock.hub import resolve_model
 from penstock.measure.quality.harness.access import Access
 from penstock.measure.quality.harness.model import EngineLM, rendered
 

@@ -43,11 +43,12 @@ async def test_a_stall_is_in_the_latency_from_due_and_hidden_from_sending(
 ) -> None:
     """Coordinated omission: a client with two places asks hardly anyone while the server stalls.
 
-    Of 300 requests in 3 s, 100 are due in the second of the stall; two are on the wire.
+    Of 300 requests in 3 s, 150 are due in the 1.5 s of the stall, fewer if the client is late to
+    begin; two are on the wire.
     """
     scripted_server.configure(ttft_s=0.001, tpot_s=0.0005, num_tokens=2)
     due_s = [n / 100 for n in range(300)]
-    scripted_server.stall(after_s=1.0, duration_s=1.0)
+    scripted_server.stall(after_s=1.0, duration_s=1.5)
     found = await loaded(scripted_server, tmp_path, due_s, asks(300), max_concurrency=2)
     latency = load_figures(found.rows, found.marks)["latency"]
     assert latency["e2e_from_due_s"]["n"] == 300

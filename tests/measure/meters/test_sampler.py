@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -127,8 +129,11 @@ def test_the_thread_reads_at_its_interval_and_ends(writer: Writer) -> None:
 
 
 def test_what_reading_costs_is_measured(writer: Writer) -> None:
-    with Sampler(writer, {"a": os.getpid()}, interval_s=0.05, meters=Meters(find_gpus=False)):
-        time.sleep(0.3)
+    # A process of its own: to read the pages of this one, which has run many tests, costs more.
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with Sampler(writer, {"a": other.pid}, interval_s=0.05, meters=Meters(find_gpus=False)):
+            time.sleep(0.3)
+        other.communicate()
     writer.close()
     cost = meter_cost(Run(writer.path).records)
     assert cost is not None
