@@ -66,6 +66,7 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
     asked = sorted(asked, key=lambda item: item["arrival_step"])
     ids: list[str] = []
     num_unserved = 0  # steps since the oldest was served
+    last_oldest = ""
     for step in itertools.count():
         while len(ids) < len(asked) and asked[len(ids)]["arrival_step"] <= step:
             item = dict(asked[len(ids)])
@@ -91,8 +92,12 @@ def play(setting: dict[str, Any], asked: list[dict[str, Any]]) -> Engine:
             if setting["policy"] == "fcfs" and oldest.id not in aborted:
                 # Nobody starves: the oldest is served in each step, and never preempted.
                 assert oldest.num_preemptions == before[0]
-                num_unserved = 0 if oldest.num_computed > before[1] else num_unserved + 1
-                assert num_unserved == 0 or ends or (is_unread and num_unserved < setting["depth"])
+                # Steps count for the same oldest alone, and not those in which it only ends.
+                is_served = ends or oldest.num_computed > before[1]
+                so_far = num_unserved if oldest.id == last_oldest else 0
+                num_unserved = 0 if is_served else so_far + 1
+                last_oldest = oldest.id
+                assert num_unserved == 0 or (is_unread and num_unserved < setting["depth"])
                 seen["unread"] += is_unread
             else:
                 num_unserved = 0
